@@ -1,0 +1,1 @@
+"""SparseK kernels: score, select, decode, prefill (import name ``vllm_sparsek.kernels``)."""

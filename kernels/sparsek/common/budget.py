@@ -1,0 +1,98 @@
+"""What a query may read: the budget and the few integer rules that follow from it.
+
+The rules are those of SparseK attention (Lou, Jia, Zheng, Tu, arXiv 2406.16747) made
+independent of how a prompt was cut into chunks: everything below is a function of the
+absolute query position alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the context one query reads.
+
+    Units: a *unit* is what competes for a place: one token (``unit == 1``) or one page of
+    ``unit`` tokens. Sinks and window never compete; at page granularity they are rounded
+    outwards to whole pages.
+
+    Attributes:
+        k: tokens kept outside sinks and window, or the least number of them when
+            ``k_share`` is set.
+        k_share: if not None, the share of the context (0 < share < 1) that is kept; ``k``
+            is then its floor.
+        window: tokens of the sliding window, at least 1.
+        sinks: tokens at the start that are always read.
+        refresh: R, the number of query positions that share one selection.
+        unit: tokens per competing unit.
+    """
+
+    k: int
+    window: int
+    sinks: int
+    refresh: int
+    unit: int = 1
+    k_share: float | None = None
+
+    def tokens_kept(self, position: int) -> int:
+        """Tokens outside sinks and window that the selection made at ``position`` keeps."""
+        if self.k_share is None:
+            return self.k
+        return max(self.k, math.ceil(self.k_share * (position + 1)))
+
+    def units_kept(self, position: int) -> int:
+        """Units outside sinks and window that the selection made at ``position`` keeps."""
+        return -(-self.tokens_kept(position) // self.unit)
+
+    def selection_position(self, position: int) -> int:
+        """The position whose selection the query at ``position`` uses (start of its block)."""
+        return position // self.refresh * self.refresh
+
+    def first_unit(self) -> int:
+        """First unit that competes: the sinks, rounded up to whole units, come before it."""
+        return -(-self.sinks // self.unit)
+
+    def end_unit(self, selection_position: int) -> int:
+        """One past the last unit that competes: units from here on touch the window."""
+        return max(self.first_unit(), (selection_position - self.window + 1) // self.unit)
+
+    def is_dense(self, position: int) -> bool:
+        """Whether the query at ``position`` reads its whole context."""
+        start = self.selection_position(position)
+        return start + 1 <= self.sinks + self.window + self.tokens_kept(start)
+
+    def first_sparse_position(self, limit: int) -> int:
+        """Smallest position that is not dense, or ``limit`` if there is none below it.
+
+        ``is_dense`` never becomes true again once it was false (the kept share is below
+        one), so every later position is sparse.
+        """
+        low, high = 0, -(-limit // self.refresh)
+        while low < high:
+            middle = (low + high) // 2
+            if self.is_dense(middle * self.refresh):
+                low = middle + 1
+            else:
+                high = middle
+        return min(limit, low * self.refresh)
+
+    def tokens_attended(self, position: int) -> int:
+        """Tokens the query at ``position`` reads, per KV head."""
+        if self.is_dense(position):
+            return position + 1
+        start = self.selection_position(position)
+        first, end = self.first_unit(), self.end_unit(start)
+        kept = min(self.units_kept(start), end - first)
+        return (first + kept) * self.unit + position + 1 - end * self.unit
+
+    def max_units(self, max_model_len: int) -> int:
+        """Largest number of units any selection keeps for contexts up to ``max_model_len``."""
+        return self.units_kept(max_model_len - 1)
+
+    def max_tokens_attended(self, max_model_len: int) -> int:
+        """Upper bound of tokens one sparse query reads, for sizing scratch and grids."""
+        window = self.window + self.refresh - 1 + self.unit
+        return (self.first_unit() + self.max_units(max_model_len)) * self.unit + window

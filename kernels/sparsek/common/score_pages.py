@@ -1,0 +1,44 @@
+"""How a page of the score cache is laid out.
+
+The score cache is a sibling of the KV cache with the same block ids. One block holds, for
+every KV head, the fp32 scores of its tokens and, for scorers that need one, an *anchor*: the
+running sum of the unit keys of all pages up to and including this one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def floats_per_token(num_kv_heads: int, page: int, anchor_dim: int) -> int:
+    """fp32 numbers per token that make room for one page's scores and anchors."""
+    return -(-num_kv_heads * (page + anchor_dim) // page)
+
+
+def split_score_cache(
+    cache: torch.Tensor, num_kv_heads: int, anchor_dim: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Views of one layer's score cache.
+
+    Args:
+        cache: [num_blocks, 1, page, floats_per_token] float32; one block is contiguous,
+            blocks may lie any stride apart.
+        num_kv_heads: KV heads H of this rank.
+        anchor_dim: D if the scorer keeps anchors, else 0.
+
+    Returns:
+        scores [num_blocks, H, page] and anchors [num_blocks, H, D] or None; both are views.
+    """
+    num_blocks, _, page, floats = cache.shape
+    if cache.stride()[2:] != (floats, 1):
+        raise ValueError(f"score cache blocks must be contiguous, got strides {cache.stride()}")
+    block_stride = cache.stride(0)
+    scores = cache.as_strided((num_blocks, num_kv_heads, page), (block_stride, page, 1))
+    if anchor_dim == 0:
+        return scores, None
+    anchors = cache.as_strided(
+        (num_blocks, num_kv_heads, anchor_dim),
+        (block_stride, anchor_dim, 1),
+        cache.storage_offset() + num_kv_heads * page,
+    )
+    return scores, anchors

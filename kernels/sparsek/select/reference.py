@@ -1,0 +1,102 @@
+"""Specification of select: which units each (item, KV head) keeps. Plain torch, for reading.
+
+An *item* is a group of queries that share one selection: one decode row, or the queries of
+one prefill chunk that fall into one refresh block.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparsek.kernels.common.budget import Budget
+
+
+def sparsek_threshold(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """tau with sum(clip(scores - tau, 0, 1)) == k, over the last dimension.
+
+    Bisection on tau: comparing breakpoints ``z - 1`` with ``>=`` is wrong in floating point.
+
+    Args:
+        scores: [..., n], floating point, n > k > 0.
+        k: number of places.
+
+    Returns:
+        [...], float64.
+    """
+    z = scores.double()
+    low, high = z.amin(-1) - 1, z.amax(-1)
+    for _ in range(100):
+        middle = (low + high) / 2
+        mass = (z - middle[..., None]).clamp(0, 1).sum(-1)
+        low = torch.where(mass > k, middle, low)
+        high = torch.where(mass > k, high, middle)
+    return (low + high) / 2
+
+
+def unit_scores(token_scores: torch.Tensor, unit: int, pooling: str) -> torch.Tensor:
+    """Scores of whole units: [H, n] -> [H, n // unit]; ``pooling`` is lse, max or mean."""
+    if unit == 1:
+        return token_scores
+    whole = token_scores.shape[-1] // unit * unit
+    pages = token_scores[..., :whole].unflatten(-1, (-1, unit))
+    if pooling == "lse":
+        return pages.logsumexp(-1)
+    return pages.amax(-1) if pooling == "max" else pages.mean(-1)
+
+
+def select(
+    scores: torch.Tensor,
+    block_table: torch.Tensor,
+    item_row: torch.Tensor,
+    item_position: torch.Tensor,
+    budget: Budget,
+    pooling: str = "lse",
+    soft: bool = False,
+    max_units: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Units kept by every item and KV head.
+
+    Args:
+        scores: [num_blocks, H, page] token scores in the paged score cache.
+        block_table: [rows, max_blocks] int32, physical block of every logical block.
+        item_row: [items] int32, row of the block table; negative: an empty (padding) item.
+        item_position: [items] int32, query position; its selection position follows from it.
+        budget: the budget.
+        pooling: how token scores become page scores (lse, max, mean).
+        soft: also return the value weights of mode ``soft_v``.
+        max_units: width of the result; default: the most any item keeps.
+
+    Returns:
+        units: [items, H, K] int32, ascending unit indices, padded with -1.
+        gates: [items, H, K] float32, clip(u - tau, 0, 1) of every kept unit (0 in the
+            padding), or None when ``soft`` is false. While everything fits, all gates are 1.
+    """
+    page, heads = scores.shape[2], scores.shape[1]
+    if max_units is None:
+        longest = int(item_position.max().item()) if item_position.numel() else 0
+        max_units = budget.units_kept(budget.selection_position(max(longest, 0)))
+    units = torch.full((item_row.numel(), heads, max_units), -1, dtype=torch.int32)
+    gates = torch.zeros(units.shape, dtype=torch.float32) if soft else None
+    for item, (row, position) in enumerate(
+        zip(item_row.tolist(), item_position.tolist(), strict=True)
+    ):
+        if row < 0:
+            continue
+        start = budget.selection_position(position)
+        first, end = budget.first_unit(), budget.end_unit(start)
+        if end <= first:
+            continue
+        keep = min(budget.units_kept(start), end - first)
+        blocks = block_table[row, : -(-end * budget.unit // page)].long()
+        tokens = scores[blocks].transpose(0, 1).flatten(1)  # [H, n]
+        z = unit_scores(tokens, budget.unit, pooling)[:, first:end]
+        # stable sort: of equal scores the earlier unit stays
+        order = z.sort(-1, descending=True, stable=True).indices[:, :keep].sort(-1).values
+        units[item, :, :keep] = (order + first).int()
+        if gates is not None:
+            gate = torch.ones_like(order, dtype=torch.float32)
+            if end - first > keep:
+                tau = sparsek_threshold(z, keep)
+                gate = (z.double() - tau[:, None]).clamp(0, 1).gather(1, order).float()
+            gates[item, :, :keep] = gate
+    return units, gates
