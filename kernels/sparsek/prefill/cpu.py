@@ -1,0 +1,54 @@
+"""Sparse prefill on the CPU: one gather and one masked attention per item."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.gather import gather_visible
+
+
+def prefill(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    item_row: torch.Tensor,
+    item_position: torch.Tensor,
+    item_query_start: torch.Tensor,
+    item_query_len: torch.Tensor,
+    units: torch.Tensor,
+    gates: torch.Tensor | None,
+    budget: Budget,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """See ``reference.prefill``."""
+    heads, head_dim = kv_cache.shape[1], query.shape[-1]
+    for item, (row, first, start, length) in enumerate(
+        zip(
+            item_row.tolist(), item_position.tolist(), item_query_start.tolist(),
+            item_query_len.tolist(), strict=True,
+        )
+    ):  # fmt: skip
+        if row < 0:
+            continue
+        key, value, window_start = gather_visible(
+            kv_cache, block_table[row], first, first + length - 1, units[item],
+            None if gates is None else gates[item], budget,
+        )  # fmt: skip
+        q = query[start : start + length].view(length, heads, -1, head_dim).permute(1, 2, 0, 3)
+        mask = None
+        if length > 1:
+            # only window tokens can lie in a query's future
+            mask = torch.ones(length, key.shape[1], dtype=torch.bool)
+            window = torch.arange(window_start, first + length)
+            if window.numel():
+                later = torch.arange(first, first + length)[:, None] >= window
+                mask[:, key.shape[1] - window.numel() :] = later
+        group = q.shape[1]
+        o = F.scaled_dot_product_attention(
+            q, key[:, None].expand(-1, group, -1, -1), value[:, None].expand(-1, group, -1, -1),
+            attn_mask=mask, scale=scale,
+        )  # fmt: skip
+        out[start : start + length] = o.permute(2, 0, 1, 3).reshape(length, -1, head_dim)

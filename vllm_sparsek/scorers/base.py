@@ -1,0 +1,62 @@
+"""What a scorer is: one static number for every new token and KV head."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class ScoreBatch:
+    """The new tokens of one step in one layer, and where their scores go.
+
+    Attributes:
+        key, value: [T, H, D] in the model's dtype; keys are rotated.
+        positions: [T] int32 absolute positions.
+        slot_mapping: [>= T] int64 physical slots, -1 for padding.
+        kv_cache: [num_blocks, H, page, 2 * D], the new tokens already written.
+        block_table: [rows, max_blocks] int32.
+        query_start_loc: [rows + 1] int32; seq_lens: [rows] int32.
+        scores: [num_blocks, H, page] float32, to be written.
+        anchors: [num_blocks, H, D] float32 or None, see ``Scorer.needs_anchor``.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    scores: torch.Tensor
+    anchors: torch.Tensor | None
+
+
+class Scorer(ABC):
+    """Scores tokens by themselves: never by a query, so a score is final when written.
+
+    Most scorers implement ``score``; one that needs more than the token itself overrides
+    ``write``.
+    """
+
+    # fitted to a model; without one, prefill stays dense by default
+    trained: ClassVar[bool] = False
+    # keeps a running sum of unit keys per page beside the scores
+    needs_anchor: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(
+        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores of tokens: key, value [T, H, D], positions [T] -> [T, H] float32."""
+
+    def write(self, batch: ScoreBatch) -> None:
+        """Score the new tokens of a batch into the score cache."""
+        from vllm_sparsek.kernels.score import api
+
+        scores = self.score(batch.key, batch.value, batch.positions)
+        api.write_scores(scores, batch.slot_mapping, batch.scores)
