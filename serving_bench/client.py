@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -26,6 +26,9 @@ LATENCIES = ("ttft", "tpot", "itl")
 STATISTICS = ("mean", "p50", "p99")
 POLL_SECONDS = 0.2
 WARMUP_TIMEOUT_SECONDS = 1800.0
+WARMUP_SHARE = 0.9
+# a client may fail because its server is dying, which takes a moment to be seen
+DEATH_SECONDS = 1.0
 
 
 def dataset_args(size: AnySize, dataset: Path, seed: int) -> list[str]:
@@ -88,30 +91,42 @@ def bench_command(
     return command + size.client_args
 
 
-def warm_up(endpoint: Endpoint, size: AnySize, seed: int) -> None:
+def warm_up(endpoint: Endpoint, size: AnySize, seed: int, server: Child | None) -> None:
     """Send `size.warmup` requests of the workload's length, so that kernels are compiled.
 
     Other words than those measured, so that no prefix is cached. Raises BenchError on failure.
     """
     rng = Random(seed)
     # special tokens and a vocabulary that splits some words may add to the length
-    length = math.ceil(size.prompt_len * 0.9)
+    length = math.ceil(size.prompt_len * WARMUP_SHARE)
+    todo = [prompts.text(length, rng) for _ in range(size.warmup)]
+    errors: list[BaseException] = []
 
-    def send(_: int) -> None:
-        body = {
-            "model": endpoint.model,
-            "prompt": prompts.text(length, Random(rng.random())),
-            "max_tokens": size.output_len,
-            "temperature": 0,
-            "ignore_eos": True,
-        }
-        http.post(f"{endpoint.base_url}/v1/completions", body, WARMUP_TIMEOUT_SECONDS)
+    def send() -> None:
+        while todo and not errors:
+            body = {
+                "model": endpoint.model,
+                "prompt": todo.pop(),
+                "max_tokens": size.output_len,
+                "temperature": 0,
+                "ignore_eos": True,
+            }
+            try:
+                http.post(f"{endpoint.base_url}/v1/completions", body, WARMUP_TIMEOUT_SECONDS)
+            except http.HTTP_ERRORS as error:
+                errors.append(error)
 
-    try:
-        with ThreadPoolExecutor(max_workers=size.max_concurrency) as pool:
-            list(pool.map(send, range(size.warmup)))
-    except http.HTTP_ERRORS as error:
-        raise BenchError(f"a warm-up request failed: {error}") from error
+    # daemons, since an executor's threads would hold up our exit for as long as a request takes
+    workers = min(size.max_concurrency, size.warmup)
+    threads = [threading.Thread(target=send, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        if server is not None and wait(server, DEATH_SECONDS):
+            raise died(server, "the server died during the warm-up")
+        raise BenchError(f"a warm-up request failed: {errors[0]}")
 
 
 @dataclass(frozen=True)
@@ -164,8 +179,7 @@ def run(command: Sequence[str], result: Path, log: Path, server: Child | None) -
         while not wait(client, POLL_SECONDS):
             if server is not None and server.returncode is not None:
                 raise died(server, "the server died during the run")
-        # the client may have ended because the server did, which takes a moment to be seen
-        if server is not None and client.returncode != 0 and wait(server, 1.0):
+        if server is not None and client.returncode != 0 and wait(server, DEATH_SECONDS):
             raise died(server, "the server died during the run")
         if client.returncode != 0:
             raise died(client, "the client failed")
@@ -174,7 +188,7 @@ def run(command: Sequence[str], result: Path, log: Path, server: Child | None) -
     except (OSError, ValueError) as error:
         raise BenchError(f"the client wrote no readable result: {error} [log: {log}]") from error
     except BenchError as error:
-        if server is not None and wait(server, 1.0):
+        if server is not None and wait(server, DEATH_SECONDS):
             raise died(server, "the server died during the run") from error
         raise BenchError(f"{error} [log: {log}]") from error
 

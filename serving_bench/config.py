@@ -144,7 +144,9 @@ class MultiTurnSize(Size):
     @property
     def prompt_words(self) -> int:
         """Words of the longest prompt: the last turn's."""
-        return self.system_words + self.turns * self.turn_words + (self.turns - 1) * self.reply_words
+        return (
+            self.system_words + self.turns * self.turn_words + (self.turns - 1) * self.reply_words
+        )
 
     @property
     def prompt_len(self) -> int:

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,7 +103,12 @@ def interruptible() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(signum)
 
-    previous = {signum: signal.signal(signum, handler) for signum in _STOP_SIGNALS}
+    # one that is ignored stays so: under nohup, a hang-up is not to stop us
+    previous = {
+        signum: signal.signal(signum, handler)
+        for signum in _STOP_SIGNALS
+        if signal.getsignal(signum) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:
@@ -119,6 +125,11 @@ def wait(child: Child, seconds: float) -> bool:
             return False
         time.sleep(min(0.05, max(0.0, deadline - time.monotonic())))
     return True
+
+
+def shown(command: Sequence[str]) -> list[str]:
+    """Return a command line for the record: the interpreter by name, not by its place."""
+    return ["python" if part == sys.executable else part for part in command]
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:

@@ -86,7 +86,7 @@ class Budget:
         start = self.selection_position(position)
         first, end = self.first_unit(), self.end_unit(start)
         kept = min(self.units_kept(start), end - first)
-        return (first + kept) * self.unit + position + 1 - end * self.unit
+        return min(position + 1, (first + kept - end) * self.unit + position + 1)
 
     def max_units(self, max_model_len: int) -> int:
         """Largest number of units any selection keeps for contexts up to ``max_model_len``."""

@@ -35,7 +35,7 @@ def gather_visible(
     units: torch.Tensor,
     gates: torch.Tensor | None,
     budget: Budget,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keys and values that queries first..last of one refresh block read.
 
     Args:
@@ -45,9 +45,7 @@ def gather_visible(
         budget: the budget.
 
     Returns:
-        key [H, m, D], value [H, m, D] (already weighted by the gates) and the position of the
-        first window token; the last ``last_position + 1 - window_start`` of the m tokens are
-        the window, in order.
+        key [H, m, D], value [H, m, D] (already weighted by the gates) and position [H, m].
     """
     heads, page, width = kv_cache.shape[1:]
     start = budget.selection_position(first_position)
@@ -57,7 +55,7 @@ def gather_visible(
     chosen = units[:, :kept].long()
     if budget.unit > 1:
         chosen = (chosen[..., None] * budget.unit + torch.arange(budget.unit)).flatten(1)
-    window_start = end * budget.unit
+    window_start = min(end * budget.unit, last_position + 1)
     window = torch.arange(window_start, last_position + 1).expand(heads, -1)
     position = torch.cat([sinks, chosen, window], dim=1)  # [H, m]
     rows, step = kv_rows(kv_cache)
@@ -70,4 +68,4 @@ def gather_visible(
         weight = torch.ones(heads, position.shape[1])
         weight[:, sinks.shape[1] : sinks.shape[1] + gate.shape[1]] = gate
         value = (value.float() * weight[..., None]).to(value.dtype)
-    return key, value, window_start
+    return key, value, position

@@ -26,7 +26,7 @@ def visible_positions(position: int, kept_units: torch.Tensor, budget: Budget) -
     inside = torch.arange(budget.unit)
     sinks = torch.arange(min(first * budget.unit, position + 1))
     kept = (kept_units.long()[:, None] * budget.unit + inside).flatten()
-    window = torch.arange(end * budget.unit, position + 1)
+    window = torch.arange(min(end * budget.unit, position + 1), position + 1)
     return torch.cat([sinks, kept, window])
 
 

@@ -33,19 +33,15 @@ def prefill(
     ):  # fmt: skip
         if row < 0:
             continue
-        key, value, window_start = gather_visible(
+        key, value, position = gather_visible(
             kv_cache, block_table[row], first, first + length - 1, units[item],
             None if gates is None else gates[item], budget,
         )  # fmt: skip
         q = query[start : start + length].view(length, heads, -1, head_dim).permute(1, 2, 0, 3)
         mask = None
         if length > 1:
-            # only window tokens can lie in a query's future
-            mask = torch.ones(length, key.shape[1], dtype=torch.bool)
-            window = torch.arange(window_start, first + length)
-            if window.numel():
-                later = torch.arange(first, first + length)[:, None] >= window
-                mask[:, key.shape[1] - window.numel() :] = later
+            # kept units lie before every query: any head's positions give the causal mask
+            mask = torch.arange(first, first + length)[:, None] >= position[0]
         group = q.shape[1]
         o = F.scaled_dot_product_attention(
             q, key[:, None].expand(-1, group, -1, -1), value[:, None].expand(-1, group, -1, -1),

@@ -43,8 +43,8 @@ def keydiff(
                 scores[blocks[0], :, offset] = 0.0
             else:
                 before = anchors[block_table[row, first - 1]]
-                norm = before.norm(dim=-1).clamp_min(1e-6)
-                scores[blocks[0], :, offset] = -(key * before).sum(-1) / norm
+                before = before / before.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+                scores[blocks[0], :, offset] = -(key * before).sum(-1)
             if offset < page - 1:
                 continue
         key = kv_cache[blocks, :, :, :head_dim].float()  # [P, H, page, D]
@@ -60,7 +60,8 @@ def keydiff(
             continue
         anchor = torch.stack(running)  # [P, H, D]
         anchor = anchor / anchor.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        u = -(unit @ anchor[..., None])[..., 0]  # [P, H, page]
+        # same arithmetic as in decode: a matrix product would round differently
+        u = -(unit * anchor[:, :, None]).sum(-1)  # [P, H, page]
         position = (torch.arange(last - first)[:, None] + first) * page + torch.arange(page)
         fresh = (position >= start) & (position < end)  # [P, page]
         scores[blocks] = torch.where(fresh[:, None], u, scores[blocks])

@@ -91,7 +91,7 @@ def select(
         tokens = scores[blocks].transpose(0, 1).flatten(1)  # [H, n]
         z = unit_scores(tokens, budget.unit, pooling)[:, first:end]
         # stable sort: of equal scores the earlier unit stays
-        order = z.sort(-1, descending=True, stable=True).indices[:, :keep].sort(-1).values
+        order = torch.sort(z, dim=-1, descending=True, stable=True).indices[:, :keep].sort(-1).values
         units[item, :, :keep] = (order + first).int()
         if gates is not None:
             gate = torch.ones_like(order, dtype=torch.float32)

@@ -1,0 +1,135 @@
+"""Device code that two kernels share: the budget's integer rules and the list a query reads.
+
+Budgets reach a kernel as five scalars (see ``budget_arguments``): ``first_unit``, ``window``,
+``refresh``, ``k`` and ``share_bits``; the unit is a constexpr.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+import triton
+import triton.language as tl
+
+from vllm_sparsek.kernels.common.budget import Budget
+
+# scalars that differ between models or layers: never worth a second compilation
+BUDGET_SCALARS = ["first_unit", "window", "refresh", "k", "share_bits"]
+
+
+@functools.lru_cache(maxsize=1024)
+def budget_arguments(budget: Budget) -> tuple[int, int, int, int, int]:
+    """``budget`` as kernel arguments: (first_unit, window, refresh, k, share_bits).
+
+    ``share_bits`` are the bits of the float64 ``k_share`` (0 without one): Triton passes a
+    Python float as float32, which would round ``ceil(share * n)`` differently.
+    """
+    share = 0.0 if budget.k_share is None else budget.k_share
+    (share_bits,) = struct.unpack("<q", struct.pack("<d", share))
+    return budget.first_unit(), budget.window, budget.refresh, budget.k, share_bits
+
+
+@triton.jit
+def units_kept(start, k, share_bits, UNIT: tl.constexpr):
+    """Units that the selection made at position ``start`` keeps; as ``Budget.units_kept``."""
+    b_share = share_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    b_share_tokens = tl.ceil(b_share * (start + 1).to(tl.float64)).to(tl.int32)
+    return (tl.maximum(k, b_share_tokens) + UNIT - 1) // UNIT
+
+
+@triton.jit
+def end_unit(start, first_unit, window, UNIT: tl.constexpr):
+    """One past the last unit that competes at ``start``; as ``Budget.end_unit``.
+
+    // truncates where python floors: both are below first_unit then.
+    """
+    return tl.maximum(first_unit, (start - window + 1) // UNIT)
+
+
+@triton.jit
+def list_bounds(
+    position,
+    last,
+    first_unit,
+    window,
+    refresh,
+    k,
+    share_bits,
+    max_units,
+    UNIT: tl.constexpr,
+):
+    """The list of tokens that queries ``position``..``last`` of one refresh block read.
+
+    The list is: sinks, tokens of kept units, window up to ``last``.
+
+    Returns:
+        sink tokens, kept units, position where the window starts, length of the list.
+    """
+    start = position // refresh * refresh
+    end = end_unit(start, first_unit, window, UNIT)
+    kept = tl.minimum(units_kept(start, k, share_bits, UNIT), end - first_unit)
+    kept = tl.minimum(kept, max_units)
+    sinks = tl.minimum(first_unit * UNIT, last + 1)
+    window_start = end * UNIT
+    total = sinks + kept * UNIT + tl.maximum(last + 1 - window_start, 0)
+    return sinks, kept, window_start, total
+
+
+@triton.jit
+def list_positions(
+    o_n,  # [N] places in the list
+    sinks,
+    kept,
+    window_start,
+    total,
+    p_units,  # [K] int32, the kept units of this item and head
+    UNIT: tl.constexpr,
+):
+    """Token positions at places ``o_n`` of the list.
+
+    Returns:
+        positions [N] (0 where there is none), whether there is one [N], index into the kept
+        units [N] and whether the token belongs to a kept unit [N].
+    """
+    o_kept = o_n - sinks
+    m_kept = (o_kept >= 0) & (o_kept < kept * UNIT)
+    i_slot = o_kept // UNIT
+    b_unit = tl.load(p_units + i_slot, mask=m_kept, other=0)
+    m_n = (o_n < total) & (b_unit >= 0)
+    o_pos = tl.where(m_kept, b_unit * UNIT + o_kept % UNIT, window_start + o_kept - kept * UNIT)
+    o_pos = tl.where(o_n < sinks, o_n, o_pos)
+    return tl.where(m_n, o_pos, 0), m_n, i_slot, m_kept
+
+
+@triton.jit
+def token_offsets(
+    o_pos,  # [N] token positions
+    m_n,  # [N]
+    p_table,  # [max_blocks] int32, the request's row of the block table
+    stride_block,
+    stride_token,
+    PAGE: tl.constexpr,
+):
+    """Offsets [N] int64 of tokens in a paged cache, within one head."""
+    b_block = tl.load(p_table + o_pos // PAGE, mask=m_n, other=0).to(tl.int64)
+    return b_block * stride_block + (o_pos % PAGE).to(tl.int64) * stride_token
+
+
+@triton.jit
+def softmax_step(b_s, b_m, b_l):
+    """One step of the running softmax in base 2.
+
+    Args:
+        b_s: [M, N] logits times log2(e), -inf where masked; b_m: [M] running maximum;
+            b_l: [M] running denominator.
+
+    Returns:
+        weights [M, N], correction of earlier sums [M], new maximum [M], new denominator [M].
+    """
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1))  # [M]
+    # a row that has seen nothing keeps -inf, and -inf - -inf is nan
+    b_safe = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+    b_p = tl.exp2(b_s - b_safe[:, None])  # [M, N]
+    b_alpha = tl.exp2(b_m - b_safe)  # [M]
+    return b_p, b_alpha, b_m_new, b_l * b_alpha + tl.sum(b_p, 1)

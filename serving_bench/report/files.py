@@ -1,0 +1,52 @@
+"""The JSON with everything, and a CSV with one row per run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+
+from vllm_sparsek.serving_bench.results import Results, Run
+
+# in front of the metrics; the metrics follow in the order in which a run has them
+_RUN_FIELDS = (
+    "arm", "workload", "scale", "repeat", "seed", "started_utc", "duration_s", "completed", "failed"
+)  # fmt: skip
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file, so that an interrupt leaves the old one or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def write_json(results: Results, path: Path) -> None:
+    """Write everything as JSON."""
+    write_atomically(path, (json.dumps(results.to_json(), indent=2) + "\n").encode())
+
+
+def _row(results: Results, run: Run) -> dict[str, object]:
+    environment = results.environment
+    versions = environment.get("versions", {})
+    return {
+        **{name: getattr(run, name) for name in _RUN_FIELDS},
+        **run.metrics,
+        "model": results.model,
+        "device": environment.get("device"),
+        "commit": environment.get("commit"),
+        **{f"version_{name}": version for name, version in versions.items()},
+    }
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """Write one row per run: tokens/s, ms, shares of 1; empty where not available."""
+    rows = [_row(results, run) for run in results.runs]
+    stream = io.StringIO(newline="")
+    fields = list(dict.fromkeys(name for row in rows for name in row)) or list(_RUN_FIELDS)
+    writer = csv.DictWriter(stream, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, stream.getvalue().encode())
