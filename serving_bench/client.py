@@ -200,5 +200,5 @@ def check_length(workload: str, size: AnySize, endpoint: Endpoint) -> None:
         about = "about " if isinstance(size, MultiTurnSize) else ""
         raise BenchError(
             f"workload {workload!r} needs a context of {about}{need} tokens, the server allows"
-            f" {endpoint.max_model_len}; see --scale, --workloads and --server-arg=--max-model-len=…"
+            f" {endpoint.max_model_len}; see --scale, --workloads and --server-arg"
         )

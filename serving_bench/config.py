@@ -22,12 +22,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-
 from vllm_sparsek.serving_bench.errors import BenchError
-
-# a common word with its leading space is one token in nearly every vocabulary, but a small
-# vocabulary may need two
-MAX_TOKENS_PER_WORD = 2
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 

@@ -12,18 +12,18 @@ from pathlib import Path
 
 from vllm_sparsek.serving_bench.config import MultiTurnSize
 
-WORDS = (
-    "the of and to in that was his he it with is for as had you not be her on at by which have or"
-    " from this him but all she they were my are me one their so an said them we who would been"
-    " will no when there if more out up into do any your what has man could other than our some"
-    " very time upon about may its only now like little then can should made did us such great"
-    " before must two these see know over much down after first good men own never most old day"
-    " where those came come himself way work life without go make well through being long say"
-    " might how am too even again many back here think every people went same last thought away"
-    " under take found hand eyes still place while just also young yet though against things get"
-    " nothing ever right three house years another put love world off always night seen each part"
-    " new face because heart light head left water white door side room name far few small once"
-).split()
+WORDS = """
+    the of and to in that was his he it with is for as had you not be her on at by which have or
+    from this him but all she they were my are me one their so an said them we who would been
+    will no when there if more out up into do any your what has man could other than our some
+    very time upon about may its only now like little then can should made did us such great
+    before must two these see know over much down after first good men own never most old day
+    where those came come himself way work life without go make well through being long say
+    might how am too even again many back here think every people went same last thought away
+    under take found hand eyes still place while just also young yet though against things get
+    nothing ever right three house years another put love world off always night seen each part
+    new face because heart light head left water white door side room name far few small once
+""".split()  # noqa: SIM905 - words are easier to read than a list of strings
 
 
 def text(words: int, rng: random.Random) -> str:
@@ -34,7 +34,7 @@ def text(words: int, rng: random.Random) -> str:
 def conversations(size: MultiTurnSize, seed: int) -> list[str]:
     """Return the prompts of all conversations, [turns * conversations], turn by turn.
 
-    The prompt of turn t extends that of turn t − 1 by a synthetic reply and the next question.
+    The prompt of turn t extends that of the turn before by a synthetic reply and the next question.
     Prompt t · conversations + c belongs to conversation c.
     """
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Run arms × workloads × repeats: start, warm up, measure, stop, and report after every run."""
+"""Run each workload on each arm: start, warm up, measure, stop, and report after every run."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
 from vllm_sparsek.serving_bench.results import Results
 
 # Okabe and Ito's colours, told apart by the colour-blind
@@ -18,6 +17,7 @@ _PANELS = (
     ("prompt_tokens_per_s", "prompt tokens/s"),
     ("generation_tokens_per_s", "generation tokens/s"),
 )
+_FOOTNOTE = "d: density, the share of the context that is read. hit: prefix-cache hit rate."
 # inches; a bar needs room for its figures
 _BAR_INCHES = 0.8
 _BAR_HEIGHT_SHARE = 0.92
@@ -41,7 +41,7 @@ def _panel(axes: Axes, results: Results, rows: dict, name: str, title: str) -> N
     arms = list(dict.fromkeys(arm for arm, _ in rows))
     workloads = [w for w in results.workloads if any(w == have for _, have in rows)]
     width = _BAR_HEIGHT_SHARE / len(arms)
-    top = max((row[name] or 0.0 for row in rows.values()), default=0.0) or 1.0
+    top = max((run.metrics.get(name) or 0.0 for run in results.runs), default=0.0) or 1.0
     for i, arm in enumerate(arms):
         for j, workload in enumerate(workloads):
             row = rows.get((arm, workload))
@@ -98,14 +98,11 @@ def render(results: Results) -> bytes:
         _panel(axes, results, rows, name, title)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper right", ncols=min(4, len(arms)), frameon=False
+        handles, labels, loc="outside lower center", ncols=min(4, len(arms)), frameon=False
     )
     model = results.model.rstrip("/").rsplit("/", 1)[-1]
     figure.suptitle(f"{model} on {results.environment.get('device')}", x=0.01, ha="left")
-    figure.supxlabel(
-        "d: density, the share of the context that is read. hit: prefix-cache hit rate.",
-        fontsize=8, color="#444444",
-    )  # fmt: skip
+    figure.axes[0].set_title(_FOOTNOTE, loc="right", fontsize=8, color="#444444")
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=DPI)
     return stream.getvalue()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -87,6 +89,17 @@ class Budget:
         first, end = self.first_unit(), self.end_unit(start)
         kept = min(self.units_kept(start), end - first)
         return min(position + 1, (first + kept - end) * self.unit + position + 1)
+
+    def tokens_attended_many(self, positions: np.ndarray) -> np.ndarray:
+        """``tokens_attended`` of many positions that are not dense: [n] int64 -> [n] int64."""
+        start = positions // self.refresh * self.refresh
+        kept_tokens: np.ndarray | int = self.k
+        if self.k_share is not None:
+            kept_tokens = np.maximum(self.k, np.ceil(self.k_share * (start + 1))).astype(np.int64)
+        first = self.first_unit()
+        end = np.maximum(first, (start - self.window + 1) // self.unit)
+        kept = np.minimum(-(-kept_tokens // self.unit), end - first)
+        return np.minimum(positions + 1, (first + kept - end) * self.unit + positions + 1)
 
     def max_units(self, max_model_len: int) -> int:
         """Largest number of units any selection keeps for contexts up to ``max_model_len``."""

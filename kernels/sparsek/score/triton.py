@@ -7,6 +7,12 @@ import triton
 import triton.language as tl
 
 WRITE_BLOCK = 256  # (token, head) pairs per program
+KEYDIFF_TILE = 1024  # elements of a page's keys per warp: 32 registers a thread
+
+
+def keydiff_warps(page_pad: int, head_dim_pad: int) -> int:
+    """Warps that hold one page's keys in registers."""
+    return min(16, max(4, page_pad * head_dim_pad // KEYDIFF_TILE))
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -74,10 +80,9 @@ def keydiff_fwd_kernel(
     m_d = o_d < D
 
     first_page = start // PAGE
-    b_previous = tl.load(p_table + first_page - 1, mask=first_page > 0, other=0).to(tl.int64)
-    b_anchor = tl.load(
-        p_anchors + b_previous * stride_anchor_block + o_d, mask=m_d & (first_page > 0), other=0.0
-    )  # [D_PAD]
+    b_previous = tl.load(p_table + tl.maximum(first_page - 1, 0)).to(tl.int64)
+    p_before = p_anchors + b_previous * stride_anchor_block
+    b_anchor = tl.load(p_before + o_d, mask=m_d & (o_d < first_page * D), other=0.0)  # [D_PAD]
     for i_p in range(first_page, (end + PAGE - 1) // PAGE):
         b_block = tl.load(p_table + i_p).to(tl.int64)
         o_pos = i_p * PAGE + o_t
@@ -126,12 +131,13 @@ def keydiff(
     rows = seq_lens.shape[0]
     if rows == 0:
         return
+    page_pad, d_pad = triton.next_power_of_2(page), triton.next_power_of_2(width // 2)
     keydiff_fwd_kernel[(rows, heads)](
         kv_cache, block_table, query_start_loc, seq_lens, scores, anchors,
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
         scores.stride(0), scores.stride(1), anchors.stride(0), anchors.stride(1),
-        D=width // 2, D_PAD=triton.next_power_of_2(width // 2),
-        PAGE=page, PAGE_PAD=triton.next_power_of_2(page), num_warps=4,
+        D=width // 2, D_PAD=d_pad, PAGE=page, PAGE_PAD=page_pad,
+        num_warps=keydiff_warps(page_pad, d_pad),
     )  # fmt: skip
 
 
@@ -148,7 +154,7 @@ COMPILE_CASES = [
             keydiff_fwd_kernel,
             "*bf16 *i32 *i32 *i32 *fp32 *fp32 i64 i32 i32 i32 i64 i32 i64 i32",
             {"D": d, "D_PAD": d_pad, "PAGE": page, "PAGE_PAD": page},
-            {"num_warps": 4},
+            {"num_warps": keydiff_warps(page, d_pad)},
         )
         for d, d_pad, page in [(80, 128, 16), (128, 128, 128)]
     ),

@@ -40,9 +40,7 @@ def load_unit_scores(
     """Scores [BLOCK] of units, -inf where masked; -0.0 is made 0.0: the two are equal."""
     if UNIT == 1:
         b_block = tl.load(p_table + o_u // PAGE, mask=m_u, other=0).to(tl.int64)
-        b_z = tl.load(
-            p_scores + b_block * stride_block + o_u % PAGE, mask=m_u, other=float("-inf")
-        )
+        b_z = tl.load(p_scores + b_block * stride_block + o_u % PAGE, mask=m_u, other=float("-inf"))
     else:
         b_block = tl.load(p_table + o_u, mask=m_u, other=0).to(tl.int64)
         o_c = tl.arange(0, POOL_CHUNK)
@@ -50,14 +48,14 @@ def load_unit_scores(
         b_z = tl.zeros([BLOCK], tl.float32)
         if POOLING != "mean":
             b_z += float("-inf")
-            for c in tl.static_range(0, UNIT, POOL_CHUNK):
+            for c in range(0, UNIT, POOL_CHUNK):
                 m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
                 b_c = tl.load(p_page + c, mask=m_c, other=float("-inf"))  # [BLOCK, CHUNK]
                 b_z = tl.maximum(b_z, tl.max(b_c, 1))
         if POOLING != "max":
-            b_shift = tl.where((b_z == float("-inf")), 0.0, b_z)
+            b_shift = tl.where(b_z == float("-inf"), 0.0, b_z)
             b_sum = tl.zeros([BLOCK], tl.float32)
-            for c in tl.static_range(0, UNIT, POOL_CHUNK):
+            for c in range(0, UNIT, POOL_CHUNK):
                 m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
                 if POOLING == "mean":
                     b_sum += tl.sum(tl.load(p_page + c, mask=m_c, other=0.0), 1)
@@ -67,7 +65,7 @@ def load_unit_scores(
             if POOLING == "mean":
                 b_z = tl.where(m_u, b_sum / UNIT, float("-inf"))
             else:
-                b_z = tl.where(b_z == float("-inf"), b_z, b_shift + tl.log(b_sum))
+                b_z = tl.where(b_z == float("-inf"), b_z, b_shift + tl.log(tl.maximum(b_sum, 1.0)))
     return tl.where(b_z == 0.0, 0.0, b_z)
 
 
@@ -199,8 +197,8 @@ def select_fwd_kernel(
         prefix = tl.full([], 0, tl.uint32)
         known = tl.full([], 0, tl.uint32)
         need = keep
-        for i_pass in range(4):
-            shift = 24 - 8 * i_pass
+        shift = tl.full([], 24, tl.uint32)
+        for _ in range(4):
             b_count = tl.zeros([256], tl.int32)
             for start in range(first_unit, end, BLOCK):
                 o_u = start + o_b
@@ -209,14 +207,15 @@ def select_fwd_kernel(
                     o_u, m_u, p_scores, p_table, stride_score_block, PAGE, UNIT, POOLING, BLOCK
                 )
                 b_key = ordered_key(b_z)
-                b_digit = ((b_key >> shift.to(tl.uint32)) & 0xFF).to(tl.int32)
+                b_digit = ((b_key >> shift) & 0xFF).to(tl.int32)
                 b_count += tl.histogram(b_digit, 256, mask=m_u & ((b_key & known) == prefix))
             b_above = tl.sum(b_count, 0) - tl.cumsum(b_count, 0)  # [256] keys in higher bins
             m_bin = (b_above < need) & (b_above + b_count >= need)
             digit = tl.sum(tl.where(m_bin, o_bin, 0), 0)
             need -= tl.sum(tl.where(m_bin, b_above, 0), 0)
-            prefix = prefix | (digit.to(tl.uint32) << shift.to(tl.uint32))
-            known = known | (tl.full([], 0xFF, tl.uint32) << shift.to(tl.uint32))
+            prefix = prefix | (digit.to(tl.uint32) << shift)
+            known = known | (tl.full([], 0xFF, tl.uint32) << shift)
+            shift -= 8
 
         b_top = key_value(prefix)
         b_tau = 0.0

@@ -1,0 +1,70 @@
+"""Ahead-of-time compilation of every Triton kernel for GPUs that need not be there.
+
+``python -m vllm_sparsek.kernels.common.compile_targets 90 120`` compiles for compute
+capabilities 9.0 and 12.0 and prints one JSON line per kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+OPERATIONS = ("score", "select", "decode", "prefill")
+WARP_SIZE = 32
+# shared memory one block may use, bytes, by compute capability (CUDA programming guide)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+
+def compile_cases() -> Iterator[tuple[str, tuple[Any, str, dict[str, Any], dict[str, int]]]]:
+    """(name, case) of every kernel variant that some ``triton.py`` registers."""
+    for operation in OPERATIONS:
+        module = importlib.import_module(f"vllm_sparsek.kernels.{operation}.triton")
+        for case in module.COMPILE_CASES:
+            kernel, types, constexprs, _ = case
+            dtype = types.split()[0].removeprefix("*")
+            variant = "-".join(f"{name}={value}" for name, value in constexprs.items())
+            yield f"{operation}-{kernel.__name__}-{dtype}-{variant}", case
+
+
+def compile_kernel(case: tuple[Any, str, dict[str, Any], dict[str, int]], capability: int) -> Any:
+    """Compile one case for ``capability`` (90 means 9.0); needs no GPU.
+
+    Pointers and strides are declared divisible by 16, as the launcher finds them.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, types, constexprs, options = case
+    remaining = iter(types.split())
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constexprs else next(remaining)
+        if signature[name].startswith("*") or name.startswith("stride_"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    if next(remaining, None) is not None:
+        raise ValueError(f"{kernel.__name__}: more argument types than arguments")
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    target = GPUTarget("cuda", capability, WARP_SIZE)
+    return triton.compile(source, target=target, options=options)
+
+
+def main(capabilities: list[int]) -> None:
+    """Compile every case and print {capability, name, shared, cubin, error} as JSON lines."""
+    for capability in capabilities:
+        for name, case in compile_cases():
+            result: dict[str, Any] = {"capability": capability, "name": name, "error": None}
+            try:
+                compiled = compile_kernel(case, capability)
+                result["shared"] = compiled.metadata.shared
+                result["cubin"] = len(compiled.asm["cubin"])
+            except Exception as error:
+                result["error"] = f"{type(error).__name__}: {error}"[:2000]
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]])

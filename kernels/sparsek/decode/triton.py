@@ -1,0 +1,282 @@
+"""Split-KV attention of one query per item over the list it reads, then a reduction."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.device import (
+    BUDGET_SCALARS,
+    budget_arguments,
+    list_bounds,
+    list_positions,
+    softmax_step,
+    token_offsets,
+)
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MIN_BLOCK_M = 16  # the smallest tile tl.dot takes
+# list tokens per program; the split must not depend on the batch, or outputs would
+SPLIT_TOKENS = 256
+MAX_SPLITS = 64  # bounds the workspace of budgets that grow with the context
+
+
+def split_sizes(max_tokens: int) -> tuple[int, int]:
+    """(splits, tokens per split) for lists of up to ``max_tokens`` tokens."""
+    tokens = max(SPLIT_TOKENS, -(-max_tokens // MAX_SPLITS))
+    tokens = triton.cdiv(tokens, SPLIT_TOKENS) * SPLIT_TOKENS
+    return triton.cdiv(max_tokens, tokens), tokens
+
+
+def workspace_shapes(
+    items: int, query_heads: int, head_dim: int, max_tokens: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the two float32 tensors of the workspace.
+
+    Returns:
+        acc [items, Hq, splits, D] and stats [items, Hq, splits, 2].
+    """
+    splits, _ = split_sizes(max_tokens)
+    return (items, query_heads, splits, head_dim), (items, query_heads, splits, 2)
+
+
+@triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "split_tokens", "splits"])
+def decode_fwd_kernel(
+    q_ptr,  # [items, Hq, D]
+    kv_ptr,  # [num_blocks, H, page, 2 * D]
+    block_table_ptr,  # [rows, max_blocks] int32
+    item_row_ptr,  # [items] int32
+    item_position_ptr,  # [items] int32
+    units_ptr,  # [items, H, K] int32
+    gates_ptr,  # [items, H, K] float32 (SOFT)
+    acc_ptr,  # [items, Hq, splits, D] float32
+    stats_ptr,  # [items, Hq, splits, 2] float32: running maximum and denominator
+    scale_log2,  # softmax scale * log2(e)
+    first_unit,
+    window,
+    refresh,
+    k,
+    share_bits,
+    max_units,  # K
+    split_tokens,
+    splits,
+    stride_q_item,
+    stride_q_head,
+    stride_kv_block,
+    stride_kv_head,
+    stride_kv_token,
+    stride_table_row,
+    stride_units_item,
+    stride_units_head,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    SOFT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One split of the list of one (item, KV head), for all G query heads of that KV head."""
+    i_i, i_h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(item_row_ptr + i_i)
+    if row < 0:
+        return
+    position = tl.load(item_position_ptr + i_i)
+    sinks, kept, window_start, total = list_bounds(
+        position, position, first_unit, window, refresh, k, share_bits, max_units, UNIT
+    )
+    low = i_s * split_tokens
+    high = tl.minimum(total, low + split_tokens)
+    if low >= high:
+        return
+
+    o_m = tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, D_PAD)
+    m_d = o_d < D
+    m_q = (o_m < G)[:, None] & m_d[None, :]
+    i_q = i_h * G + o_m
+    p_q = q_ptr + i_i.to(tl.int64) * stride_q_item
+    b_q = tl.load(p_q + i_q[:, None] * stride_q_head + o_d[None, :], mask=m_q, other=0.0)
+
+    p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
+    p_kv = kv_ptr + i_h.to(tl.int64) * stride_kv_head
+    i_units = i_i.to(tl.int64) * stride_units_item + i_h * stride_units_head
+    b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_l = tl.zeros([BLOCK_M], tl.float32)
+    b_acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    for start in range(low, high, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        o_pos, m_n, i_slot, m_kept = list_positions(
+            o_n, sinks, kept, window_start, high, units_ptr + i_units, UNIT
+        )
+        o_kv = token_offsets(o_pos, m_n, p_table, stride_kv_block, stride_kv_token, PAGE)
+        p_k = p_kv + o_kv[:, None] + o_d[None, :]
+        m_kv = m_n[:, None] & m_d[None, :]
+        b_k = tl.load(p_k, mask=m_kv, other=0.0)  # [N, D_PAD]
+        b_v = tl.load(p_k + D, mask=m_kv, other=0.0)  # [N, D_PAD]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l)
+        if SOFT:
+            # gates weigh values only: the denominator is that of plain softmax
+            b_gate = tl.load(gates_ptr + i_units + i_slot, mask=m_kept, other=1.0)
+            b_p = b_p * b_gate[None, :]
+        b_acc = b_acc * b_alpha[:, None]
+        b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+
+    i_out = (i_i.to(tl.int64) * tl.num_programs(1) * G + i_q) * splits + i_s
+    tl.store(acc_ptr + i_out[:, None] * D + o_d[None, :], b_acc, mask=m_q)
+    tl.store(stats_ptr + i_out * 2, b_m, mask=o_m < G)
+    tl.store(stats_ptr + i_out * 2 + 1, b_l, mask=o_m < G)
+
+
+@triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "split_tokens", "splits"])
+def reduce_fwd_kernel(
+    acc_ptr,  # [items, Hq, splits, D] float32
+    stats_ptr,  # [items, Hq, splits, 2] float32
+    item_row_ptr,  # [items] int32
+    item_position_ptr,  # [items] int32
+    out_ptr,  # [items, Hq, D]
+    first_unit,
+    window,
+    refresh,
+    k,
+    share_bits,
+    max_units,  # K
+    split_tokens,
+    splits,
+    stride_out_item,
+    stride_out_head,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """Combine the splits of one (item, query head), in order."""
+    i_i, i_q = tl.program_id(0), tl.program_id(1)
+    if tl.load(item_row_ptr + i_i) < 0:
+        return
+    position = tl.load(item_position_ptr + i_i)
+    _, _, _, total = list_bounds(
+        position, position, first_unit, window, refresh, k, share_bits, max_units, UNIT
+    )
+    o_d = tl.arange(0, D_PAD)
+    m_d = o_d < D
+    i_base = (i_i.to(tl.int64) * tl.num_programs(1) + i_q) * splits
+    b_max = tl.full([], float("-inf"), tl.float32)
+    b_sum = tl.full([], 0.0, tl.float32)
+    b_acc = tl.zeros([D_PAD], tl.float32)
+    # splits beyond the list wrote nothing
+    for i_s in range(0, (total + split_tokens - 1) // split_tokens):
+        b_m = tl.load(stats_ptr + (i_base + i_s) * 2)
+        b_l = tl.load(stats_ptr + (i_base + i_s) * 2 + 1)
+        b_a = tl.load(acc_ptr + (i_base + i_s) * D + o_d, mask=m_d, other=0.0)
+        b_new = tl.maximum(b_max, b_m)
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_old_weight = tl.exp2(b_max - b_safe)
+        b_weight = tl.exp2(b_m - b_safe)
+        b_acc = b_acc * b_old_weight + b_a * b_weight
+        b_sum = b_sum * b_old_weight + b_l * b_weight
+        b_max = b_new
+    p_out = out_ptr + i_i.to(tl.int64) * stride_out_item + i_q * stride_out_head + o_d
+    tl.store(p_out, (b_acc / b_sum).to(out_ptr.dtype.element_ty), mask=m_d)
+
+
+def tile_sizes(head_dim: int, group: int, itemsize: int) -> dict[str, int]:
+    """Tile choices of ``decode_fwd_kernel`` from shapes alone."""
+    d_pad = triton.next_power_of_2(head_dim)
+    wide = d_pad * itemsize > 256  # bytes of one key
+    return {
+        "D_PAD": d_pad,
+        "BLOCK_M": max(MIN_BLOCK_M, triton.next_power_of_2(group)),
+        "BLOCK_N": 32 if wide else 64,
+    }
+
+
+def supported(head_dim: int, page: int) -> tuple[bool, str]:
+    """Whether the kernels take this head size and page size, and why not."""
+    if head_dim not in HEAD_DIMS:
+        return False, f"head_dim is {head_dim}: the Triton kernels take {HEAD_DIMS}"
+    return True, ""
+
+
+def decode(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    item_row: torch.Tensor,
+    item_position: torch.Tensor,
+    units: torch.Tensor,
+    gates: torch.Tensor | None,
+    budget: Budget,
+    scale: float,
+    out: torch.Tensor,
+    workspace: tuple[torch.Tensor, torch.Tensor],
+    max_tokens: int,
+) -> None:
+    """See ``reference.decode``.
+
+    Args:
+        workspace: acc and stats, contiguous, of ``workspace_shapes``; need no initial value.
+        max_tokens: no item's list is longer; it sizes the grid.
+    """
+    items, query_heads, head_dim = query.shape
+    if items == 0:
+        return
+    heads, page = kv_cache.shape[1], kv_cache.shape[2]
+    group = query_heads // heads
+    splits, split_tokens = split_sizes(max_tokens)
+    acc, stats = workspace
+    scalars = (*budget_arguments(budget), units.shape[2], split_tokens, splits)
+    tiles = tile_sizes(head_dim, group, kv_cache.element_size())
+    decode_fwd_kernel[(items, heads, splits)](
+        query, kv_cache, block_table, item_row, item_position,
+        units, units if gates is None else gates, acc, stats,
+        scale * math.log2(math.e), *scalars,
+        query.stride(0), query.stride(1),
+        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+        block_table.stride(0), units.stride(0), units.stride(1),
+        G=group, D=head_dim, PAGE=page, UNIT=budget.unit, SOFT=gates is not None,
+        **tiles, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    reduce_fwd_kernel[(items, query_heads)](
+        acc, stats, item_row, item_position, out, *scalars, out.stride(0), out.stride(1),
+        D=head_dim, D_PAD=tiles["D_PAD"], UNIT=budget.unit, num_warps=1,
+    )  # fmt: skip
+
+
+# (kernel, argument types, constexprs, options); see common/compile_targets.py
+COMPILE_CASES = [
+    *(
+        (
+            decode_fwd_kernel,
+            f"*{dtype} *{dtype} *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 fp32 "
+            "i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32",
+            {
+                "G": group,
+                "D": head_dim,
+                "PAGE": page,
+                "UNIT": unit,
+                "SOFT": soft,
+                **tile_sizes(head_dim, group, 2),
+            },
+            {"num_warps": 4, "num_stages": 2},
+        )
+        for dtype, group, head_dim, page, unit, soft in [
+            ("bf16", 4, 128, 16, 1, False),
+            ("bf16", 4, 128, 16, 16, False),
+            ("fp16", 7, 80, 32, 1, True),
+            ("bf16", 3, 256, 128, 128, True),
+        ]
+    ),
+    (
+        reduce_fwd_kernel,
+        "*fp32 *fp32 *i32 *i32 *bf16 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32",
+        {"D": 80, "D_PAD": 128, "UNIT": 1},
+        {"num_warps": 1},
+    ),
+]

@@ -1,0 +1,64 @@
+"""Prefill: attention of several queries per item over the selection they share."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.dispatch import (
+    check_shape,
+    check_tensor,
+    implementation,
+    require,
+)
+from vllm_sparsek.kernels.common.validate import check_attention
+
+
+def prefill(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    item_row: torch.Tensor,
+    item_position: torch.Tensor,
+    item_query_start: torch.Tensor,
+    item_query_len: torch.Tensor,
+    units: torch.Tensor,
+    gates: torch.Tensor | None,
+    budget: Budget,
+    scale: float,
+    out: torch.Tensor,
+    impl: str = "auto",
+) -> None:
+    """Several queries per item, all inside one refresh block of R positions.
+
+    Args:
+        query: [T, Hq, D], all tokens of the batch.
+        kv_cache: [num_blocks, H, page, 2 * D] of the same dtype.
+        block_table: [rows, max_blocks] int32.
+        item_row: [items] int32 (negative: skip).
+        item_position: [items] int32, absolute position of the item's first query.
+        item_query_start: [items] int32, index of the item's first query in ``query``.
+        item_query_len: [items] int32, queries of the item, 1..R.
+        units: [items, H, K] int32; gates: [items, H, K] float32 or None.
+        budget, scale: the budget and the softmax scale.
+        out: [T, Hq, D], written in place for the items' queries only.
+        impl: auto, triton, cpu or reference.
+
+    Raises:
+        ValueError, TypeError: an argument, named in the message, does not fit.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    check_attention(
+        query, kv_cache, block_table, item_row, item_position, units, gates, budget, out
+    )
+    check_tensor("item_query_start", item_query_start, 1, torch.int32, query.device)
+    check_tensor("item_query_len", item_query_len, 1, torch.int32, query.device)
+    check_shape("item_query_start", item_query_start, tuple(item_row.shape))
+    check_shape("item_query_len", item_query_len, tuple(item_row.shape))
+    module = implementation("prefill", impl, query.device)
+    if module.__name__.endswith("triton"):
+        require(module.supported(query.shape[-1], kv_cache.shape[2]))
+    module.prefill(
+        query, kv_cache, block_table, item_row, item_position, item_query_start, item_query_len,
+        units, gates, budget, scale, out,
+    )  # fmt: skip

@@ -1,0 +1,277 @@
+"""Select: the kernel keeps what the reference keeps, and selections have SparseK's properties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from caches import NAN, build, chosen, items_of, paged_view
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.select import api, reference
+
+PAGE_TOLERANCE = 1e-5  # of a pooled score: sums of exponentials in another order
+GATE_TOLERANCE = 1e-5
+
+
+def run(paged, row, position, budget, soft=False, pooling="lse", impl="triton", extra=3, k=None):
+    """Selection of one implementation in poisoned outputs that are ``extra`` too wide."""
+    device = paged.scores.device
+    if k is None:
+        longest = budget.selection_position(max(position.max().item(), 0))
+        k = budget.units_kept(longest) + extra
+    shape = (row.numel(), paged.scores.shape[1], k)
+    units = torch.full(shape, 77, dtype=torch.int32, device=device)
+    gates = torch.full(shape, NAN, device=device) if soft else None
+    api.select(
+        paged.scores, paged.block_table, row.to(device), position.to(device), budget, pooling,
+        soft, units, gates, impl=impl,
+    )  # fmt: skip
+    return units.cpu(), None if gates is None else gates.cpu()
+
+
+TOKEN_CASES = {
+    "short-contexts": (Budget(32, 16, 5, 1), [1, 63, 111], 2, 16, None),
+    "thousand": (Budget(100, 33, 4, 1), [1000, 999], 1, 32, None),
+    "several-steps": (Budget(300, 10, 0, 16), [5000], 1, 128, None),
+    "refresh-64": (Budget(20, 1, 3, 64), [63, 64, 65, 300], 2, 16, None),
+    "window-1-k-1": (Budget(1, 1, 0, 1), [1, 2, 3, 111], 2, 16, None),
+    "ties": (Budget(25, 8, 2, 1), [111, 300], 3, 16, 3),
+    "all-equal": (Budget(25, 8, 2, 1), [300], 1, 16, 1),
+    "k-share": (Budget(8, 16, 5, 16, k_share=0.1), [1, 63, 500, 1000], 2, 32, None),
+    "k-beyond-n": (Budget(4000, 16, 5, 1), [63, 1000], 1, 16, None),
+    "nothing-competes": (Budget(8, 16, 200, 1), [63, 111], 2, 16, None),
+}
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft_v"])
+@pytest.mark.parametrize("case", TOKEN_CASES.values(), ids=TOKEN_CASES.keys())
+def test_token_selection_is_the_references_to_the_last_tie(case, soft, device):
+    budget, lengths, heads, page, levels = case
+    paged = build(lengths, heads, 8, page, levels=levels)
+    pairs = [(row, n - 1) for row, n in enumerate(lengths)] + [(-1, 0), (0, lengths[0] // 2)]
+    row, position = items_of(pairs)
+    expected, expected_gates = chosen(paged, row, position, budget, soft)
+    units, gates = run(paged.to(device), row, position, budget, soft)
+    k = expected.shape[2]
+    assert torch.equal(units[..., :k], expected)
+    assert (units[..., k:] == -1).all()
+    if soft:
+        torch.testing.assert_close(gates[..., :k], expected_gates, rtol=0, atol=GATE_TOLERANCE)
+        assert (gates[..., k:] == 0).all()
+
+
+@pytest.mark.parametrize("pooling", ["lse", "max", "mean"])
+@pytest.mark.parametrize(
+    ("page", "refresh", "sinks", "lengths"),
+    [
+        (16, 1, 5, [1, 63, 111, 1000]),
+        (32, 64, 0, [111, 700]),
+        (48, 16, 49, [500]),
+        (128, 16, 1, [127, 1000, 2500]),
+    ],
+    ids=["page16", "page32", "page48", "page128"],
+)
+def test_page_selection_differs_from_the_references_only_in_rounding(
+    pooling, page, refresh, sinks, lengths, device
+):
+    budget = Budget(k=6 * page - 3, window=33, sinks=sinks, refresh=refresh, unit=page)
+    paged = build(lengths, 2, 8, page)
+    row, position = items_of([(row, n - 1) for row, n in enumerate(lengths)] + [(-1, 5)])
+    expected, expected_gates = reference.select(
+        paged.scores, paged.block_table, row, position, budget, pooling, True
+    )
+    units, gates = run(paged.to(device), row, position, budget, True, pooling)
+    k = expected.shape[2]
+    assert (units[..., k:] == -1).all()
+    units, gates = units[..., :k], gates[..., :k]
+    if pooling == "max":
+        assert torch.equal(units, expected)
+    assert torch.equal((units >= 0).sum(-1), (expected >= 0).sum(-1))
+    for item, head in torch.cartesian_prod(torch.arange(row.numel()), torch.arange(2)).tolist():
+        got, want = units[item, head], expected[item, head]
+        got, want = set(got[got >= 0].tolist()), set(want[want >= 0].tolist())
+        assert sorted(got) == units[item, head][: len(got)].tolist()
+        n = lengths[row[item]] // page * page
+        z = reference.unit_scores(paged.token_scores[row[item]][:n].T, page, pooling)[head]
+        if got != want:
+            near = [(z[a] - z[b]).abs() for a in got - want for b in want - got]
+            assert max(near) < PAGE_TOLERANCE
+    torch.testing.assert_close(gates, expected_gates, rtol=0, atol=10 * PAGE_TOLERANCE)
+
+
+def test_minus_infinity_loses_to_everything_and_ties_with_itself(device):
+    paged = build([111], 1, 8, 16)
+    paged.scores[paged.block_table[0, :5].long()] = float("-inf")
+    for unit in (1, 16):
+        budget = Budget(k=48, window=5, sinks=3, refresh=1, unit=unit)
+        row, position = items_of([(0, 110)])
+        expected, _ = chosen(paged, row, position, budget)
+        units, _ = run(paged.to(device), row, position, budget, extra=0)
+        assert torch.equal(units, expected)
+
+
+def test_zero_and_minus_zero_are_equal(device):
+    paged = build([64], 1, 8, 16, levels=1)
+    paged.scores[paged.block_table[0, :3].long()] = -0.0
+    budget = Budget(k=20, window=5, sinks=0, refresh=1)
+    row, position = items_of([(0, 63)])
+    units, _ = run(paged.to(device), row, position, budget, extra=0)
+    assert units[0, 0].tolist() == list(range(20))
+
+
+def test_extreme_scores_keep_their_order(device):
+    paged = build([64], 1, 8, 16)
+    values = torch.tensor([-3.4e38, 3.4e38, 1e-45, -1e-45, 1.0, -1.0, 1.0000001, 0.9999999] * 8)
+    at = torch.arange(64)
+    paged.scores[paged.block_table[0, at // 16].long(), 0, at % 16] = values
+    for k in (1, 8, 9, 16, 20, 31, 33, 50):
+        budget = Budget(k=k, window=1, sinks=0, refresh=1)
+        row, position = items_of([(0, 63)])
+        expected, _ = chosen(paged, row, position, budget)
+        units, _ = run(paged.to(device), row, position, budget, extra=0)
+        assert torch.equal(units, expected), k
+
+
+def test_a_row_of_the_table_may_be_read_by_many_items_and_in_any_order(device):
+    paged = build([300, 200], 2, 8, 16)
+    row, position = items_of([(1, 150), (0, 250), (1, 199), (0, 250), (-1, 7), (0, 40)])
+    budget = Budget(k=30, window=16, sinks=4, refresh=16)
+    expected, _ = chosen(paged, row, position, budget)
+    for impl in ("triton",) if device.type == "cuda" else ("triton", "cpu", "reference"):
+        units, _ = run(paged.to(device), row, position, budget, extra=0, impl=impl)
+        assert torch.equal(units, expected), impl
+
+
+@st.composite
+def selections(draw):
+    """A request with many ties and a budget around its size."""
+    n = draw(st.integers(1, 90))
+    unit = draw(st.sampled_from([1, 1, 16]))
+    budget = Budget(
+        k=draw(st.integers(1, 60)),
+        window=draw(st.integers(1, 30)),
+        sinks=draw(st.integers(0, 20)),
+        refresh=draw(st.sampled_from([1, 1, 16, 64])),
+        unit=unit,
+        k_share=draw(st.sampled_from([None, None, 0.1, 0.3])),
+    )
+    paged = build([n], 1, 8, 16, seed=draw(st.integers(0, 99)), levels=draw(st.integers(1, 8)))
+    return paged, n, budget
+
+
+def outside_window(n: int, budget: Budget, position: int) -> range:
+    """Units that compete for the selection of ``position``."""
+    start = budget.selection_position(position)
+    return range(budget.first_unit(), budget.end_unit(start))
+
+
+@settings(max_examples=60, deadline=None)
+@given(selections())
+def test_what_is_kept_scores_at_least_as_high_as_what_is_not(case):
+    paged, n, budget = case
+    row, position = items_of([(0, n - 1)])
+    units, _ = chosen(paged, row, position, budget)
+    kept = [u for u in units[0, 0].tolist() if u >= 0]
+    rest = [u for u in outside_window(n, budget, n - 1) if u not in kept]
+    z = reference.unit_scores(paged.token_scores[0].T, budget.unit, "lse")[0].tolist()
+    assert kept == sorted(set(kept))
+    start = budget.selection_position(n - 1)
+    assert len(kept) == min(budget.units_kept(start), len(kept) + len(rest))
+    for lost in rest:
+        for won in kept:
+            # of equals the earlier stays
+            assert z[won] > z[lost] or (z[won] == z[lost] and won < lost)
+
+
+@settings(max_examples=40, deadline=None)
+@given(selections())
+def test_a_token_that_fell_out_never_returns(case):
+    paged, n, budget = case
+    budget = Budget(budget.k, budget.window, budget.sinks, 1)
+    row, position = items_of([(0, p) for p in range(n)])
+    units, _ = chosen(paged, row, position, budget)
+    lost: set[int] = set()
+    for p in range(n):
+        kept = set(units[p, 0].tolist())
+        assert not kept & lost
+        lost |= set(outside_window(n, budget, p)) - kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(selections())
+def test_everything_is_kept_while_it_fits(case):
+    paged, n, budget = case
+    row, position = items_of([(0, n - 1)])
+    competing = outside_window(n, budget, n - 1)
+    units, gates = chosen(paged, row, position, budget, soft=True)
+    if len(competing) <= budget.units_kept(budget.selection_position(n - 1)):
+        assert units[0, 0][: len(competing)].tolist() == list(competing)
+        assert (gates[0, 0][: len(competing)] == 1).all()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(selections(), st.booleans())
+def test_the_kernel_agrees_with_the_reference_on_any_request(case, soft):
+    from interpreter import DEVICE
+
+    paged, n, budget = case
+    if budget.unit > 1:
+        soft = False
+    row, position = items_of([(0, n - 1), (-1, 0), (0, n // 2)])
+    pooling = "max" if budget.unit > 1 else "lse"
+    expected, expected_gates = reference.select(
+        paged.scores, paged.block_table, row, position, budget, pooling, soft
+    )
+    units, gates = run(paged.to(DEVICE), row, position, budget, soft, pooling, extra=0)
+    assert torch.equal(units, expected)
+    if soft:
+        torch.testing.assert_close(gates, expected_gates, rtol=0, atol=GATE_TOLERANCE)
+
+
+@pytest.mark.parametrize(("n", "k"), [(5, 1), (40, 7), (300, 64), (1000, 999)])
+def test_sparsek_threshold_agrees_with_entmax(n, k):
+    from entmax import budget_bisect
+
+    z = torch.randn(3, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) * 2
+    tau = reference.sparsek_threshold(z, k)
+    p = (z - tau[:, None]).clamp(0, 1)
+    torch.testing.assert_close(p.sum(-1), torch.full((3,), float(k), dtype=torch.float64))
+    torch.testing.assert_close(p, budget_bisect(z, budget=k, n_iter=100), rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_scores_of_blocks_beyond_two_to_the_31_are_found(device):
+    heads, page, n = 2, 16, 300
+    far = build([n], heads, 8, page)
+    used = far.scores.shape[0]
+    stride = (1 << 31) // (used - 2) // 64 * 64
+    storage = torch.empty(stride * used, device=device)
+    scores = storage.as_strided(far.scores.shape, (stride, page, 1)).copy_(far.scores)
+    assert scores.stride(0) * (used - 1) > 1 << 31
+    budget = Budget(k=30, window=16, sinks=4, refresh=1)
+    row, position = items_of([(0, n - 1)])
+    expected, _ = chosen(far, row, position, budget)
+    far = far.to(device)
+    far.scores = scores
+    units, _ = run(far, row, position, budget, extra=0)
+    assert torch.equal(units, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("unit", [1, 16], ids=["token", "page"])
+def test_a_million_tokens_are_selected_exactly(unit, device):
+    n, page = 1 << 20, 16
+    scores = paged_view(n // page + 1, 1, page, 1, torch.float32, device)[..., 0]
+    scores.copy_(torch.randn(scores.shape, device=device))
+    table = (torch.randperm(n // page, device=device) + 1).int()[None]
+    budget = Budget(k=8192, window=512, sinks=4, refresh=128, unit=unit)
+    row = torch.zeros(1, dtype=torch.int32, device=device)
+    position = torch.full((1,), n - 1, dtype=torch.int32, device=device)
+    units = torch.empty(1, 1, budget.max_units(n), dtype=torch.int32, device=device)
+    api.select(scores, table, row, position, budget, "max", False, units)
+    expected, _ = reference.select(
+        scores.cpu(), table.cpu(), row.cpu(), position.cpu(), budget, "max"
+    )
+    assert torch.equal(units.cpu(), expected)

@@ -1,0 +1,197 @@
+"""One SparseK layer, one step: write K/V and scores, select, attend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_sparsek import compat
+from vllm_sparsek.attention.metadata import PrefillItems, SparseKMetadata
+from vllm_sparsek.attention.settings import settings_of
+from vllm_sparsek.attention.support import refuse_unsupported_impl
+from vllm_sparsek.attention.workspace import decode_workspace
+from vllm_sparsek.kernels.decode import api as decode_api
+from vllm_sparsek.kernels.prefill import api as prefill_api
+from vllm_sparsek.kernels.select import api as select_api
+from vllm_sparsek.scorers import make_scorer, scorer_class
+from vllm_sparsek.scorers.base import ScoreBatch, Scorer
+
+# bytes of selection lists at a time in prefill (they are [items, H, K])
+SELECTION_BYTES = 64 << 20
+
+
+class SparseKImpl(AttentionImpl[SparseKMetadata]):
+    """SparseK attention of one layer over vLLM's paged KV cache.
+
+    Rows whose queries all read their whole context go to the dense path (vLLM's own
+    FlashAttention on CUDA); sparse queries overwrite what it wrote for theirs.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        self.vllm_config = get_current_vllm_config()
+        refuse_unsupported_impl(
+            self.vllm_config, alibi_slopes, logits_soft_cap, attn_type,
+            kv_sharing_target_layer_name, extra,
+        )  # fmt: skip
+        self.config = settings_of(self.vllm_config)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads if num_kv_heads is not None else num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+        self.max_model_len = self.vllm_config.model_config.max_model_len
+        self.dense = compat.dense_impl_class(self.vllm_config.device_config.device_type)(
+            num_heads, head_size, scale, self.num_kv_heads, None, None, kv_cache_dtype,
+        )  # fmt: skip
+        self.always_dense = False
+        self.scorer: Scorer | None = None
+        self.score_cache: Any = None
+        compat.hook_prompt_lengths()
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Load the scorer and add the score cache, before vLLM profiles memory."""
+        layer_name, layer = compat.layer_of(self, self.vllm_config)
+        index = compat.layer_index(layer_name)
+        self.always_dense = index in self.config.dense_layers
+        if self.always_dense or self.score_cache is not None:
+            return
+        total, heads = compat.total_kv_heads(self.vllm_config, self.num_kv_heads)
+        device = layer._k_scale.device
+        self.scorer = make_scorer(self.config, index, total, self.head_size, heads, device)
+        anchor = self.head_size if scorer_class(self.config.scorer_name).needs_anchor else 0
+        self.score_cache = compat.add_score_cache(
+            self.vllm_config, layer_name, self.num_kv_heads, anchor, self.config
+        )
+        self._workspace(self.vllm_config.cache_config.block_size, device)
+
+    def _workspace(self, page: int, device: torch.device) -> Any:
+        return decode_workspace(
+            compat.max_decode_rows(self.vllm_config), self.num_heads, self.num_kv_heads,
+            self.head_size, self.config.budget(page), self.max_model_len,
+            self.config.mode == "soft_v", device,
+        )  # fmt: skip
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write key, value [T, H, D] into the cache."""
+        self.dense.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SparseKMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of all queries of the batch.
+
+        Args:
+            layer: the attention layer.
+            query: [T, Hq, D]; key, value: [T, H, D].
+            kv_cache: [num_blocks, H, page, 2 * D], the new tokens already written.
+            attn_metadata: the step; None in profiling runs.
+            output: [T, Hq, D], written in place.
+            output_scale, output_block_scale: fused output quantisation, not supported.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("sparsek does not support fused output quantization yet")
+        if attn_metadata is None:
+            return output.zero_()
+        m = attn_metadata
+        if self.always_dense:
+            return self.dense.forward(layer, query, key, value, kv_cache, m.dense_all, output)
+        self._score(key, value, kv_cache, m)
+        if m.dense is not None:
+            self.dense.forward(layer, query, key, value, kv_cache, m.dense, output)
+        if m.sparse_decodes:
+            self._decode(query, kv_cache, m, output)
+        if m.items is not None:
+            self._prefill(query, kv_cache, m, m.items, output)
+        return output
+
+    def _score(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, m: SparseKMetadata
+    ) -> None:
+        scores, anchors = self.score_cache.views()
+        tokens = m.num_actual_tokens
+        assert self.scorer is not None
+        self.scorer.write(
+            ScoreBatch(
+                key[:tokens], value[:tokens], m.positions, m.slot_mapping, kv_cache,
+                m.block_table, m.query_start_loc, m.seq_lens, scores, anchors,
+            )  # fmt: skip
+        )
+
+    def _decode(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, m: SparseKMetadata, output: torch.Tensor
+    ) -> None:
+        page, rows = kv_cache.shape[2], m.num_decodes
+        space = self._workspace(page, kv_cache.device)
+        budget, soft = self.config.budget(page), space.gates is not None
+        units = space.units[:rows]
+        gates = space.gates[:rows] if soft else None
+        scores, _ = self.score_cache.views()
+        select_api.select(
+            scores, m.block_table, m.decode_row, m.decode_position, budget,
+            self.config.pooling, soft, units, gates,
+        )  # fmt: skip
+        partials = None
+        if space.partials is not None:
+            partials = (space.partials[0][:rows], space.partials[1][:rows])
+        decode_api.decode(
+            query[:rows], kv_cache, m.block_table, m.decode_row, m.decode_position, units, gates,
+            budget, self.scale, output[:rows], partials, space.max_tokens,
+        )  # fmt: skip
+
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        m: SparseKMetadata,
+        items: PrefillItems,
+        output: torch.Tensor,
+    ) -> None:
+        page = kv_cache.shape[2]
+        budget, soft = self.config.budget(page), self.config.mode == "soft_v"
+        scores, _ = self.score_cache.views()
+        width = budget.max_units(self.max_model_len)
+        at_once = max(1, SELECTION_BYTES // (4 * self.num_kv_heads * width))
+        for low in range(0, items.row.numel(), at_once):
+            part = slice(low, low + at_once)
+            row, position = items.row[part], items.position[part]
+            shape = (row.numel(), self.num_kv_heads, width)
+            units = torch.empty(shape, dtype=torch.int32, device=query.device)
+            gates = torch.empty(shape, dtype=torch.float32, device=query.device) if soft else None
+            select_api.select(scores, m.block_table, row, position, budget, self.config.pooling,
+                              soft, units, gates)  # fmt: skip
+            prefill_api.prefill(
+                query, kv_cache, m.block_table, row, position, items.query_start[part],
+                items.query_len[part], units, gates, budget, self.scale, output,
+            )  # fmt: skip

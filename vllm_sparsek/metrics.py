@@ -1,0 +1,127 @@
+"""SparseK's numbers on the server's ``/metrics``.
+
+The engine's worker counts into a small file mapped into memory; a stat logger in the API
+process reads it when the endpoint is scraped. Both find it by the instance id they share.
+"""
+
+from __future__ import annotations
+
+import atexit
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+_FORMAT = struct.Struct("4q")  # attended, context, dense steps, steps
+
+
+def _is_sparsek(vllm_config: VllmConfig) -> bool:
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == "SPARSEK"
+
+
+def _path(vllm_config: VllmConfig, engine: int) -> Path:
+    name = f"vllm-sparsek-{os.getuid()}-{vllm_config.instance_id}-{engine}.counters"
+    return Path(tempfile.gettempdir()) / name
+
+
+class StepCounters:
+    """Counters of one engine, written by its first worker."""
+
+    def __init__(self, path: Path) -> None:
+        path.write_bytes(_FORMAT.pack(0, 0, 0, 0))
+        self._file = path.open("r+b")
+        self._map = mmap.mmap(self._file.fileno(), _FORMAT.size)
+        self._values = [0, 0, 0, 0]
+        atexit.register(path.unlink, missing_ok=True)
+
+    @classmethod
+    def create(cls, vllm_config: VllmConfig) -> StepCounters | None:
+        """Counters for this process, or None where another rank of the engine counts."""
+        parallel = vllm_config.parallel_config
+        if parallel.rank != 0:
+            return None
+        return cls(_path(vllm_config, parallel.data_parallel_index))
+
+    def add(self, attended: int, context: int, dense_step: bool) -> None:
+        """Count one step: tokens read and readable, summed over queries, mean over layers."""
+        for index, amount in enumerate((attended, context, int(dense_step), 1)):
+            self._values[index] += amount
+        self._map[:] = _FORMAT.pack(*self._values)
+
+
+class _Collector:
+    """Prometheus collector over the counters of all engines of one instance."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.vllm_config = vllm_config
+        self.engines: set[int] = set()
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        labels = ["engine", "model_name"]
+        counters = [
+            CounterMetricFamily(f"sparsek:{name}", text, labels=labels)
+            for name, text in (
+                ("tokens_attended", "Context tokens read, summed over queries, mean over layers."),
+                ("context_tokens", "Context tokens there were, summed over queries."),
+                ("dense_steps", "Engine steps in which no query was sparse."),
+                ("steps", "Engine steps."),
+            )
+        ]
+        density = GaugeMetricFamily(
+            "sparsek:density", "Share of the context read since the start.", labels=labels
+        )
+        model = self.vllm_config.model_config.served_model_name
+        model = model[0] if isinstance(model, list) else str(model)
+        for engine in sorted(self.engines):
+            values = (0, 0, 0, 0)
+            with suppress(OSError, struct.error):
+                values = _FORMAT.unpack(_path(self.vllm_config, engine).read_bytes())
+            for counter, value in zip(counters, values, strict=True):
+                counter.add_metric([str(engine), model], value)
+            if values[1]:
+                density.add_metric([str(engine), model], values[0] / values[1])
+        yield from counters
+        yield density
+
+
+class SparseKStatLogger(StatLoggerBase):
+    """``vllm.stat_logger_plugins``: exports the counters; does nothing for other backends."""
+
+    _collectors: dict[str, _Collector] = {}
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        if not _is_sparsek(vllm_config):
+            return
+        from prometheus_client import REGISTRY
+
+        key = vllm_config.instance_id
+        if key not in self._collectors:
+            for old in self._collectors.values():
+                REGISTRY.unregister(old)  # type: ignore[arg-type]
+            self._collectors.clear()
+            self._collectors[key] = _Collector(vllm_config)
+            REGISTRY.register(self._collectors[key])  # type: ignore[arg-type]
+        self._collectors[key].engines.add(engine_index)
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+        **_: Any,
+    ) -> None:
+        """Nothing to record: the worker counts."""
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to log."""
