@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ LATENCIES = ("ttft", "tpot", "itl")
 STATISTICS = ("mean", "p50", "p99")
 POLL_SECONDS = 0.2
 WARMUP_TIMEOUT_SECONDS = 1800.0
-WARMUP_SHARE = 0.9
+# ids that every vocabulary has, toys included
+WARMUP_TOKENS = range(10, 250)
 # a client may fail because its server is dying, which takes a moment to be seen
 DEATH_SECONDS = 1.0
 
@@ -94,12 +94,11 @@ def bench_command(
 def warm_up(endpoint: Endpoint, size: AnySize, seed: int, server: Child | None) -> None:
     """Send `size.warmup` requests of the workload's length, so that kernels are compiled.
 
-    Other words than those measured, so that no prefix is cached. Raises BenchError on failure.
+    Random token ids, so that the length is exact and no measured prompt finds a prefix cached.
+    Raises BenchError on failure.
     """
     rng = Random(seed)
-    # special tokens and a vocabulary that splits some words may add to the length
-    length = math.ceil(size.prompt_len * WARMUP_SHARE)
-    todo = [prompts.text(length, rng) for _ in range(size.warmup)]
+    todo = [rng.choices(WARMUP_TOKENS, k=size.prompt_len) for _ in range(size.warmup)]
     errors: list[BaseException] = []
 
     def send() -> None:

@@ -9,6 +9,8 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+ERROR_BYTES = 500
+
 # what an HTTP request may raise when the other side is absent, dying or not HTTP
 HTTP_ERRORS = (OSError, http.client.HTTPException, ValueError)
 
@@ -18,8 +20,13 @@ def _open(request: urllib.request.Request, timeout: float) -> bytes:
     if key:
         # the same variable that vLLM's client reads
         request.add_header("Authorization", f"Bearer {key}")
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        body: bytes = response.read()
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            body: bytes = response.read()
+    except urllib.error.HTTPError as error:
+        # the status alone does not say what was wrong
+        said = error.read(ERROR_BYTES).decode("utf-8", errors="replace").strip()
+        raise OSError(f"{error}: {said}" if said else str(error)) from error
     return body
 
 

@@ -15,7 +15,7 @@ from vllm_sparsek.serving_bench.progress import Progress
 from vllm_sparsek.serving_bench.results import Results, Run
 from vllm_sparsek.serving_bench.server import Endpoint
 
-# warm-up words must not be those of a measured run
+# added to a run's seed
 _WARMUP_SEED = 2**31
 
 
@@ -91,7 +91,7 @@ class Runner:
                 self._workloads(name, arm, endpoint, child)
             except BenchError as error:
                 server.show_tail(log, self.progress.say)
-                raise BenchError(f"arm {name!r}: {error}") from error
+                raise BenchError(f"arm {name!r}, model {self.plan.model!r}: {error}") from error
 
     def _workloads(self, name: str, arm: Arm, endpoint: Endpoint, child: Child | None) -> None:
         for workload, size in self.plan.sizes.items():

@@ -1,6 +1,7 @@
 """The serving benchmark, driven against a fake `vllm` command: no engine is started."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,10 @@ def serve():
             if "die-in-run" in model and body.get("measured"):
                 print("RuntimeError: the engine fell over", flush=True)
                 os._exit(3)
+            if "refuses" in model:
+                return self.reply("too long", 400)
+            if not body.get("measured"):
+                assert len(body["prompt"]) == 16, body
             with lock:
                 for name, step in (
                     ("vllm:prompt_tokens", 100), ("vllm:generation_tokens", 10),
@@ -265,15 +271,16 @@ def test_shipped_arms_and_workloads_are_valid_and_have_both_scales():
     assert not bench.arm("sparsek").dense
 
 
-def test_shipped_sparsek_settings_are_accepted_by_the_plugin():
+def test_shipped_sparsek_settings_are_settings_of_the_plugin():
     plugin = pytest.importorskip("vllm_sparsek.config")
-    if not hasattr(plugin, "SparseKConfig"):
-        pytest.skip("no SparseKConfig")
-    import dataclasses
-
     names = {field.name for field in dataclasses.fields(plugin.SparseKConfig)} | {"preset"}
     for name, arm in config.load().arms.items():
-        assert set(arm.sparsek or {}) <= names, name
+        settings = arm.sparsek or {}
+        assert set(settings) <= names, name
+        if "preset" in settings:
+            assert files("vllm_sparsek.configs").joinpath(f"{settings['preset']}.yaml").is_file()
+        else:
+            plugin.SparseKConfig(**settings)
 
 
 @pytest.mark.parametrize(
@@ -450,7 +457,7 @@ def test_each_turn_extends_the_turn_before_and_conversations_share_nothing(tmp_p
 def test_a_workload_longer_than_the_context_is_refused_before_anything_runs():
     endpoint = server.Endpoint("http://h:1", "m", "m", 1024)
     size = config.load().size("long-context", "tiny")
-    with pytest.raises(BenchError, match="needs a context of 3032 tokens, the server allows 1024"):
+    with pytest.raises(BenchError, match="needs a context of 2080 tokens, the server allows 1024"):
         client.check_length("long-context", size, endpoint)
 
 
@@ -531,13 +538,15 @@ def test_a_server_that_dies_is_reported_by_its_cause_in_one_line_with_the_log(
     assert bench(fake, model, "--workloads=small") == 1
     captured = capsys.readouterr()
     log = fake.parent / "out" / "logs" / "server-dense.log"
-    assert captured.err.strip() == f"error: arm 'dense': the server {cause} [log: {log}]"
+    assert captured.err.strip() == (
+        f"error: arm 'dense', model {model!r}: the server {cause} [log: {log}]"
+    )
     assert "  | " in captured.out, "the last lines of the log are shown"
 
 
 def test_finished_arms_are_kept_when_a_later_arm_fails(fake, capsys):
     assert bench(fake, "late", "--workloads=small") == 1
-    assert "arm 'sparsek': the server died while starting" in last_line(capsys)
+    assert "arm 'sparsek', model 'late': the server died while starting" in last_line(capsys)
     out = fake.parent / "out"
     data = json.loads((out / "results.json").read_text())
     assert [run["arm"] for run in data["runs"]] == ["dense"]
@@ -574,6 +583,12 @@ def test_a_port_in_use_is_refused_before_a_server_is_started(fake, capsys):
         assert bench(fake, "m", f"--port={port}") == 1
     assert f"port {port} cannot be used" in last_line(capsys)
     assert not (fake.parent / "out" / "logs").exists()
+
+
+def test_what_a_server_says_of_a_refused_warm_up_request_is_shown(fake, capsys):
+    assert bench(fake, "refuses", "--arms=dense", "--workloads=small") == 1
+    line = last_line(capsys)
+    assert "a warm-up request failed: HTTP Error 400: Bad Request: too long" in line
 
 
 def test_an_endpoint_that_does_not_answer_is_named(fake, capsys):

@@ -32,7 +32,7 @@ COMMANDS = (
     ),
 )
 # the words that only group commands
-GROUPS = {("bench",): "measure speed"}
+GROUPS: dict[tuple[str, ...], str] = {("bench",): "measure speed"}
 
 
 class _Version(argparse.Action):

@@ -100,7 +100,8 @@ def render(results: Results) -> bytes:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(4, len(arms)), frameon=False
     )
-    model = results.model.rstrip("/").rsplit("/", 1)[-1]
+    # of a folder, the end says more than where it lies
+    model = "/".join(results.model.rstrip("/").split("/")[-2:])
     figure.suptitle(f"{model} on {results.environment.get('device')}", x=0.01, ha="left")
     figure.axes[0].set_title(_FOOTNOTE, loc="right", fontsize=8, color="#444444")
     stream = io.BytesIO()

@@ -144,3 +144,35 @@ def assert_within_twice(
 
 # rounding of outputs of magnitude up to about four
 EPS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def eager_one(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    position: int,
+    units: torch.Tensor,
+    gates: torch.Tensor | None,
+    budget: Budget,
+    scale: float,
+) -> torch.Tensor:
+    """One query's attention with every step rounded to the query's dtype; as ``attend_one``."""
+    from vllm_sparsek.kernels.decode.reference import visible_positions
+
+    page, heads, head_dim = kv_cache.shape[2], kv_cache.shape[1], query.shape[-1]
+    group = query.shape[0] // heads
+    out = torch.empty_like(query)
+    for head in range(heads):
+        mine = slice(head * group, (head + 1) * group)
+        kept = units[head][units[head] >= 0]
+        at = visible_positions(position, kept, budget)
+        rows = kv_cache[blocks[at // page].long(), head, at % page]
+        weights = torch.softmax(query[mine] @ rows[:, :head_dim].T * scale, dim=-1)
+        if gates is not None:
+            weight = torch.ones(at.numel(), dtype=torch.float32)
+            sinks = min(budget.first_unit() * budget.unit, position + 1)
+            gate = gates[head][units[head] >= 0].repeat_interleave(budget.unit)
+            weight[sinks : sinks + gate.numel()] = gate
+            weights = weights * weight.to(weights.dtype)
+        out[mine] = weights @ rows[:, head_dim:]
+    return out

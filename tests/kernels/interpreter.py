@@ -10,6 +10,10 @@ from collections.abc import Iterator
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter multiplies the bit patterns of bfloat16 numbers: float16 stands in there
+BF16 = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+# numpy's matrix product rounds a row by where it lies in the tile, tensor cores do not
+BITWISE = 0.0 if DEVICE == "cuda" else 2e-6
 VARIABLE = "TRITON_INTERPRET"
 KERNEL_MODULES = ("score.triton", "select.triton", "decode.triton", "prefill.triton")
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_sparsek.kernels.common.gather import kv_rows
+from vllm_sparsek.kernels.common.gather import gather_context, kv_rows
 
 # queries per attention call when part of the context is already cached: bounds the mask
 CHUNK = 512
@@ -87,15 +87,10 @@ class CpuDenseImpl:
         output: torch.Tensor,
     ) -> torch.Tensor:
         """query [T, Hq, D], kv_cache [num_blocks, H, page, 2 * D] -> output [T, Hq, D]."""
-        heads, page, width = kv_cache.shape[1:]
-        rows, step = kv_rows(kv_cache)
+        heads = kv_cache.shape[1]
         for row, first, count, length in attn_metadata.rows:
-            position = torch.arange(length)
-            blocks = attn_metadata.block_table[row, : -(-length // page)].long()
-            index = blocks[position // page] * step + position % page
-            index = (index + torch.arange(heads)[:, None] * page).flatten()
-            cached = rows.index_select(0, index).view(heads, 1, length, width)
-            k, v = cached.split(width // 2, dim=-1)
+            k, v = gather_context(kv_cache, attn_metadata.block_table[row], length)
+            k, v = k[:, None], v[:, None]
             q = query[first : first + count].view(count, heads, -1, self.head_size)
             q = q.permute(1, 2, 0, 3)  # [H, G, T, D]
             group = q.shape[1]
@@ -111,10 +106,10 @@ class CpuDenseImpl:
             for low in range(0, count, CHUNK):
                 high = min(low + CHUNK, count)
                 seen = length - count + high
-                queries = torch.arange(seen - (high - low), seen)
+                causal = torch.arange(seen) <= torch.arange(seen - (high - low), seen)[:, None]
                 o = F.scaled_dot_product_attention(
                     q[:, :, low:high], k[:, :, :seen], v[:, :, :seen],
-                    attn_mask=position[:seen] <= queries[:, None], scale=self.scale,
+                    attn_mask=causal, scale=self.scale,
                 )  # fmt: skip
                 output[first + low : first + high] = o.permute(2, 0, 1, 3).flatten(1, 2)
         return output

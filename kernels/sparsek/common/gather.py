@@ -27,6 +27,31 @@ def kv_rows(kv_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
     return kv_cache.as_strided((total, width), (width, 1)), step
 
 
+def gather_context(
+    kv_cache: torch.Tensor, blocks: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a whole context, copied page by page.
+
+    Args:
+        kv_cache: [num_blocks, H, page, 2 * D]; blocks: [max_blocks] int32.
+        length: tokens of the context.
+
+    Returns:
+        key, value: [H, length, D].
+    """
+    heads, page, width = kv_cache.shape[1:]
+    rows, step = kv_rows(kv_cache)
+    # rows of one (block, head) are contiguous: whole pages are copied at memory speed
+    pages = rows.as_strided((rows.shape[0] // page, page * width), (page * width, 1))
+    if step % page:
+        raise ValueError("kv_cache blocks must lie a whole number of (head, page) rows apart")
+    used = blocks[: -(-length // page)].long() * (step // page)
+    index = used + torch.arange(heads)[:, None]
+    found = pages.index_select(0, index.flatten()).view(heads, -1, width)[:, :length]
+    key, value = found.split(width // 2, dim=-1)
+    return key, value
+
+
 def gather_visible(
     kv_cache: torch.Tensor,
     blocks: torch.Tensor,

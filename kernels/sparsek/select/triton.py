@@ -20,8 +20,10 @@ TOKEN_WARPS = 8
 PAGE_BLOCK = 128
 PAGE_WARPS = 4
 POOL_CHUNK = tl.constexpr(16)  # tokens of every page that are loaded at once
-# the threshold search converges in a handful of steps; this bounds it for adversarial scores
-SOFT_STEPS = tl.constexpr(64)
+# the threshold search takes a handful of Newton steps; scores that make it jump to and fro are
+# bisected after that, which needs about 24 steps more
+NEWTON_STEPS = tl.constexpr(12)
+SOFT_STEPS = tl.constexpr(48)
 SOFT_TOLERANCE = tl.constexpr(1e-7)  # of tau
 
 
@@ -132,9 +134,11 @@ def soft_threshold(
         b_low = tl.where(b_excess > 0.0, b_tau, b_low)
         b_high = tl.where(b_excess > 0.0, b_high, b_tau)
         b_newton = b_missing / tl.maximum(n_inside, 1).to(tl.float32)
-        m_newton = (n_inside > 0) & (b_newton >= b_low) & (b_newton <= b_high)
-        b_next = tl.where(m_newton, b_newton, 0.5 * (b_low + b_high))
-        b_next = tl.where(b_excess == 0.0, b_tau, b_next)
+        m_inner = (n_inside > 0) & (b_newton > b_low) & (b_newton < b_high)
+        b_next = tl.where(m_inner & (i_step < NEWTON_STEPS), b_newton, 0.5 * (b_low + b_high))
+        # at the root Newton stands still and only rounding decides on which side of the bracket
+        m_root = (n_inside > 0) & (tl.abs(b_newton - b_tau) <= SOFT_TOLERANCE)
+        b_next = tl.where(m_root | (b_excess == 0.0), b_tau, b_next)
         b_change = tl.abs(b_next - b_tau)
         b_tau = b_next
         i_step += 1

@@ -1,0 +1,88 @@
+"""Engines for the tests: each distinct specification runs once a session."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DRIVER = Path(__file__).with_name("driver.py")
+
+# a machine without a GPU: small cache, no thread pinning (other engines may run beside)
+CPU_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def engine_env(**more: str) -> dict[str, str]:
+    """Environment of an engine process; the Triton interpreter never leaks into it."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return {**env, **CPU_ENV, **more}
+
+
+def run_engine(llm: dict[str, Any], calls: list[dict[str, Any]], **env: str) -> dict[str, Any]:
+    """Run the driver; on failure show the end of its log."""
+    done = subprocess.run(
+        [sys.executable, str(DRIVER), json.dumps({"llm": llm, "calls": calls})],
+        env=engine_env(**env), capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0 and lines, (done.stdout[-6000:] + done.stderr[-4000:])
+    return json.loads(lines[-1][len("RESULT ") :])
+
+
+@pytest.fixture(scope="session")
+def base_llm(model_dir: str) -> dict[str, Any]:
+    """Arguments every engine shares: float32, so that greedy tokens are not rounding's."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "model": model_dir,
+        "dtype": "bfloat16" if cuda else "float32",
+        "max_model_len": 2048,
+        "max_num_seqs": 8,
+        "gpu_memory_utilization": 0.3,
+        "enforce_eager": not cuda,
+        "seed": 0,
+    }
+
+
+@pytest.fixture(scope="session")
+def prompts(model_dir: str, long_text: str) -> list[list[int]]:
+    """Token ids of real prose; lengths around and beyond the budgets of the tests."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model_dir)(long_text[:40000])["input_ids"]
+    starts = (0, 1500, 3000, 4500)
+    lengths = (1100, 500, 771, 40)
+    return [ids[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def engine(base_llm: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """``engine(calls, sparsek=None | {...}, **llm arguments)``, cached by its arguments."""
+    cache: dict[str, dict[str, Any]] = {}
+
+    def start(
+        calls: list[dict[str, Any]], sparsek: dict[str, Any] | None = None, **llm: Any
+    ) -> dict[str, Any]:
+        arguments = {**base_llm, **llm}
+        if sparsek is not None:
+            arguments["attention_backend"] = "sparsek"
+            arguments["additional_config"] = {"sparsek": sparsek}
+        key = json.dumps([arguments, calls], sort_keys=True)
+        if key not in cache:
+            cache[key] = run_engine(arguments, calls)
+        return cache[key]
+
+    return start

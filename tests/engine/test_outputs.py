@@ -1,0 +1,87 @@
+"""What the real engine answers: equal to dense below the budget, invariant above it."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+# far below the prompts' lengths, so that most queries are sparse
+SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16}
+CASES = {
+    "keydiff dense prefill": SMALL,
+    "knorm sparse prefill": {**SMALL, "scorer": "knorm", "prefill": "sparse"},
+    "pages, soft_v, share": {
+        "k": 0.25, "k_min": 32, "window": 40, "sinks": 4, "refresh": 32, "granularity": "page",
+        "mode": "soft_v", "prefill": "sparse", "dense_layers": [0, 7],
+    },
+}  # fmt: skip
+TOKENS = 24
+# the CPU's default of 128 would leave page granularity nothing to choose from
+PAGE = 32
+
+
+def calls(prompts):
+    """Together, again from the prefix cache, and one by one on an empty cache."""
+    call = {"prompts": prompts, "max_tokens": TOKENS}
+    return [call, call, {**call, "reset": True, "one_by_one": True}]
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def first(case, engine, prompts):
+    return engine(calls(prompts), CASES[case], block_size=PAGE)
+
+
+@pytest.fixture(scope="module")
+def dense(engine, prompts):
+    return engine(calls(prompts))
+
+
+def test_default_budget_gives_the_dense_backends_tokens(engine, prompts, dense):
+    result = engine([{"prompts": prompts, "max_tokens": TOKENS}], {})
+    assert result["backend"] == "SPARSEK"
+    assert result["answers"][0]["tokens"] == dense["answers"][0]["tokens"]
+    assert result["metrics"]["vllm:num_preemptions"] == 0
+
+
+def test_a_small_budget_changes_what_is_read(first, dense, prompts):
+    tokens, reference = first["answers"][0]["tokens"], dense["answers"][0]["tokens"]
+    assert tokens[:3] != reference[:3]
+    # the short prompt and its answer fit the budget of every case
+    assert tokens[3] == reference[3]
+    assert all(len(set(answer)) > 4 for answer in tokens[:3]), "a repeating toy proves nothing"
+
+
+def test_prefix_cache_hits_change_nothing(first, prompts):
+    again = first["answers"][1]
+    assert again["tokens"] == first["answers"][0]["tokens"]
+    assert again["cached"][0] >= len(prompts[0]) // PAGE * PAGE - PAGE
+
+
+def test_the_batch_changes_nothing(first):
+    assert first["answers"][2]["cached"] == [0, 0, 0, 0]
+    assert first["answers"][2]["tokens"] == first["answers"][0]["tokens"]
+
+
+def test_chunked_prefill_changes_nothing(case, engine, first, prompts):
+    result = engine(
+        calls(prompts)[:1], CASES[case], max_num_batched_tokens=120, block_size=PAGE
+    )
+    assert result["answers"][0]["tokens"] == first["answers"][0]["tokens"]
+
+
+def test_preemption_changes_nothing(case, engine, first, prompts):
+    # all prompts fit, but not with their answers: somebody is preempted and recomputed
+    # (one more block: vLLM's null block)
+    fit = sum(-(-len(p) // PAGE) for p in prompts) + 1
+    result = engine(
+        calls(prompts)[:1], CASES[case], num_gpu_blocks_override=fit, max_model_len=1280,
+        enable_prefix_caching=False, block_size=PAGE,
+    )  # fmt: skip
+    assert result["metrics"]["vllm:num_preemptions"] > 0
+    assert result["answers"][0]["tokens"] == first["answers"][0]["tokens"]

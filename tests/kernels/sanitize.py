@@ -1,0 +1,128 @@
+"""Run every Triton kernel once on small shapes on a GPU and compare with the reference.
+
+compute-sanitizer --tool memcheck python tests/kernels/sanitize.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+from caches import NAN, build, chosen, items_of, paged_view
+
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.decode import api as decode_api
+from vllm_sparsek.kernels.decode import reference as decode_reference
+from vllm_sparsek.kernels.prefill import api as prefill_api
+from vllm_sparsek.kernels.prefill import reference as prefill_reference
+from vllm_sparsek.kernels.score import api as score_api
+from vllm_sparsek.kernels.select import api as select_api
+
+DEVICE = torch.device("cuda", 0)
+TOLERANCE = 2e-2  # of bfloat16 outputs of magnitude up to about four
+LENGTHS = [1, 63, 400]
+
+
+def compare(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Print one line; raise if values or the places of NaN differ."""
+    got = got.float().cpu()
+    expected = expected.float()
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance, equal_nan=True, msg=name)
+    print(f"ok  {name}", flush=True)
+
+
+def score(head_dim: int, page: int) -> None:
+    """write_scores and keydiff."""
+    paged = build(LENGTHS, 2, head_dim, page, torch.bfloat16)
+    there = paged.to(DEVICE)
+    blocks = paged.kv_cache.shape[0]
+    u, slot = torch.randn(page, 2), torch.randperm(blocks * page)[:page]
+    start = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    ends = torch.tensor(LENGTHS, dtype=torch.int32)
+    results = []
+    for device, cache, table, impl in (
+        (torch.device("cpu"), paged.kv_cache, paged.block_table, "reference"),
+        (DEVICE, there.kv_cache, there.block_table, "triton"),
+    ):
+        written = paged_view(blocks, 2, page, 1, torch.float32, device)[..., 0]
+        score_api.write_scores(u.to(device), slot.to(device), written, impl=impl)
+        scores = paged_view(blocks, 2, page, 1, torch.float32, device)[..., 0]
+        anchors = paged_view(blocks, 2, page, head_dim, torch.float32, device)[:, :, 0]
+        score_api.keydiff(
+            cache, table, start.to(device), ends.to(device), scores, anchors, impl=impl
+        )
+        results.append((written, scores, anchors))
+    for name, expected, got in zip(("write", "keydiff", "anchors"), *results, strict=True):
+        compare(f"{name} D={head_dim} page={page}", got, expected, 1e-4)
+
+
+def attention(head_dim: int, page: int, group: int, budget: Budget, soft: bool) -> None:
+    """Select, decode and prefill."""
+    label = f"D={head_dim} page={page} G={group} unit={budget.unit} R={budget.refresh} {soft=}"
+    heads, scale = 2, head_dim**-0.5
+    paged = build(LENGTHS, heads, head_dim, page, torch.bfloat16)
+    there = paged.to(DEVICE)
+    row, position = items_of([(-1, 0), *((r, n - 1) for r, n in enumerate(LENGTHS))])
+    on_gpu = row.to(DEVICE), position.to(DEVICE)
+    units, gates = chosen(paged, row, position, budget, soft)
+    got = torch.full(units.shape, 77, dtype=torch.int32, device=DEVICE)
+    got_gates = torch.full(units.shape, NAN, device=DEVICE) if soft else None
+    select_api.select(there.scores, there.block_table, *on_gpu, budget, "lse", soft, got, got_gates)
+    compare(f"select {label}", got, units, 0)
+    if soft:
+        compare(f"gates {label}", got_gates, gates, 1e-4)
+
+    query = torch.randn(row.numel(), heads * group, head_dim).bfloat16()
+    expected = torch.full_like(query, NAN)
+    decode_reference.decode(
+        query, paged.kv_cache, paged.block_table, row, position, units, gates, budget, scale,
+        expected,
+    )  # fmt: skip
+    out = torch.full_like(query, NAN, device=DEVICE)
+    decode_api.decode(
+        query.to(DEVICE), there.kv_cache, there.block_table, *on_gpu, got, got_gates, budget,
+        scale, out,
+    )  # fmt: skip
+    compare(f"decode {label}", out, expected, TOLERANCE)
+
+    # the last queries of the two longer requests, one item each
+    first = [max(0, (n - 1) // budget.refresh * budget.refresh) for n in LENGTHS[1:]]
+    length = [n - f for n, f in zip(LENGTHS[1:], first, strict=True)]
+    start = list(itertools.accumulate(length, initial=0))
+    row, position = items_of([(1, first[0]), (2, first[1])])
+    items = [row, position, torch.tensor(start[:2]).int(), torch.tensor(length).int()]
+    units, gates = chosen(paged, row, position, budget, soft)
+    query = torch.randn(start[2] + 1, heads * group, head_dim).bfloat16()
+    expected = torch.full_like(query, NAN)
+    prefill_reference.prefill(
+        query, paged.kv_cache, paged.block_table, *items, units, gates, budget, scale, expected
+    )
+    out = torch.full_like(query, NAN, device=DEVICE)
+    prefill_api.prefill(
+        query.to(DEVICE), there.kv_cache, there.block_table, *(i.to(DEVICE) for i in items),
+        units.to(DEVICE), None if gates is None else gates.to(DEVICE), budget, scale, out,
+    )  # fmt: skip
+    compare(f"prefill {label}", out, expected, TOLERANCE)
+
+
+def main() -> int:
+    """Run all; returns the exit code."""
+    if not torch.cuda.is_available():
+        print("needs a CUDA GPU")
+        return 1
+    torch.manual_seed(0)
+    score(128, 16)
+    score(80, 48)
+    attention(128, 16, 4, Budget(64, 16, 4, 1), False)
+    attention(128, 16, 4, Budget(64, 16, 4, 64, 16), False)
+    attention(80, 32, 7, Budget(40, 9, 33, 16), True)
+    attention(256, 128, 3, Budget(128, 9, 1, 64, 128), True)
+    attention(64, 16, 1, Budget(8, 8, 2, 16, 1, 0.15), False)
+    torch.cuda.synchronize()
+    print("all kernels agree with their references")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Every kernel compiles for every GPU generation, without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from interpreter import VARIABLE
+
+from vllm_sparsek.kernels.common.compile_targets import SHARED_LIMIT, compile_cases
+
+MODULE = "vllm_sparsek.kernels.common.compile_targets"
+
+
+@functools.cache
+def compiled(capability: int) -> dict[str, dict]:
+    """Results by kernel name, from a process in which Triton does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    found = subprocess.run(
+        [sys.executable, "-m", MODULE, str(capability)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+    results = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+    return {result["name"]: result for result in results}
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT, ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("name", [name for name, _ in compile_cases()])
+def test_kernel_compiles_and_fits_into_shared_memory(name, capability):
+    result = compiled(capability)[name]
+    assert result["error"] is None
+    assert result["cubin"] > 0
+    assert result["shared"] <= SHARED_LIMIT[capability]
