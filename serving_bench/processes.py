@@ -27,6 +27,29 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _running: set[Child] = set()
 
 
+class _Spawning:
+    """Holds a signal back while a child is being started, until the child is registered.
+
+    An exception between fork and registration would leave a child that nobody stops.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self.pending: int | None = None
+
+    def __enter__(self) -> None:
+        self.active = True
+
+    def __exit__(self, *exc: object) -> None:
+        self.active = False
+        if self.pending is not None:
+            signum, self.pending = self.pending, None
+            raise Interrupted(signum)
+
+
+_spawning = _Spawning()
+
+
 class Child:
     """A subprocess in its own session, both outputs going to `log`.
 
@@ -39,7 +62,7 @@ class Child:
         self.command = list(command)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as stream:
+        with log.open("wb") as stream, _spawning:
             self._process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
@@ -48,7 +71,7 @@ class Child:
                 env=None if env is None else dict(env),
                 start_new_session=True,
             )
-        _running.add(self)
+            _running.add(self)
 
     @property
     def pid(self) -> int:
@@ -101,7 +124,10 @@ def interruptible() -> Iterator[None]:
     def handler(signum: int, frame: FrameType | None) -> None:
         for other in _STOP_SIGNALS:
             signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(signum)
+        if _spawning.active:
+            _spawning.pending = signum
+        else:
+            raise Interrupted(signum)
 
     # one that is ignored stays so: under nohup, a hang-up is not to stop us
     previous = {

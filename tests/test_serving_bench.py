@@ -35,7 +35,7 @@ from vllm_sparsek.serving_bench import (  # noqa: E402
     report,
     server,
 )
-from vllm_sparsek.serving_bench.errors import BenchError  # noqa: E402
+from vllm_sparsek.serving_bench.errors import BenchError, Interrupted  # noqa: E402
 from vllm_sparsek.serving_bench.results import Results, Run  # noqa: E402
 
 # what vLLM 0.32.0 exports after eight requests of two shared prefixes, less the other metrics
@@ -642,6 +642,25 @@ def test_a_signal_leaves_no_process_behind(fake, model, signum):
     assert process.returncode == 128 + signum
     assert err.strip() == f"error: stopped by signal {int(signum)}"
     wait_until(lambda: not running(fake), 2)
+
+
+def test_a_signal_while_a_child_is_being_started_waits_until_the_child_is_known(tmp_path):
+    marker = tmp_path / "child.py"
+    marker.write_text("import time; time.sleep(600)")
+    real = subprocess.Popen
+
+    def popen(*args, **kwargs):
+        child = real(*args, **kwargs)
+        signal.raise_signal(signal.SIGTERM)
+        return child
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stop:
+        patch.setattr(subprocess, "Popen", popen)
+        with processes.interruptible():
+            processes.Child([sys.executable, str(marker)], tmp_path / "log")
+    assert stop.value.signum == signal.SIGTERM
+    wait_until(lambda: not running(marker), 2)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_server_that_ignores_the_polite_signal_is_killed_with_its_children(tmp_path):

@@ -230,6 +230,22 @@ def test_the_kernel_agrees_with_the_reference_on_any_request(case, soft):
         torch.testing.assert_close(gates, expected_gates, rtol=0, atol=GATE_TOLERANCE)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 0.03, 1.0, 30.0])
+def test_gates_are_the_references_for_flat_steep_and_clustered_scores(scale, device):
+    lengths = [63, 300]
+    paged = build(lengths, 2, 8, 16)
+    paged.scores *= scale
+    # clusters a little more and a little less than 1 apart make Newton's method jump
+    paged.scores[:, 1] = (paged.scores[:, 1] / scale).round() * 0.999 + paged.scores[:, 1] * 1e-3
+    row, position = items_of([(r, n - 1) for r, n in enumerate(lengths)])
+    for k in (1, 7, 64):
+        budget = Budget(k=k, window=5, sinks=1, refresh=1)
+        expected, expected_gates = chosen(paged, row, position, budget, True)
+        units, gates = run(paged.to(device), row, position, budget, True, extra=0)
+        assert torch.equal(units, expected)
+        torch.testing.assert_close(gates, expected_gates, rtol=0, atol=GATE_TOLERANCE)
+
+
 @pytest.mark.parametrize(("n", "k"), [(5, 1), (40, 7), (300, 64), (1000, 999)])
 def test_sparsek_threshold_agrees_with_entmax(n, k):
     from entmax import budget_bisect

@@ -9,6 +9,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparsek import compat
+from vllm_sparsek.attention.cpu_decode import CpuDecoder
 from vllm_sparsek.attention.metadata import PrefillItems, SparseKMetadata
 from vllm_sparsek.attention.settings import settings_of
 from vllm_sparsek.attention.support import refuse_unsupported_impl
@@ -62,6 +63,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self.always_dense = False
         self.scorer: Scorer | None = None
         self.score_cache: Any = None
+        self.cpu_decoder: CpuDecoder | None = None
         compat.hook_prompt_lengths()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -78,7 +80,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self.score_cache = compat.add_score_cache(
             self.vllm_config, layer_name, self.num_kv_heads, anchor, self.config
         )
-        self._workspace(self.vllm_config.cache_config.block_size, device)
+        if device.type == "cuda":
+            self._workspace(self.vllm_config.cache_config.block_size, device)
 
     def _workspace(self, page: int, device: torch.device) -> Any:
         return decode_workspace(
@@ -130,7 +133,9 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self._score(key, value, kv_cache, m)
         if m.dense is not None:
             self.dense.forward(layer, query, key, value, kv_cache, m.dense, output)
-        if m.sparse_decodes:
+        if m.cpu_rows:
+            self._decode_cpu(query, kv_cache, m, output)
+        elif m.sparse_decodes:
             self._decode(query, kv_cache, m, output)
         if m.items is not None:
             self._prefill(query, kv_cache, m, m.items, output)
@@ -162,13 +167,24 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             scores, m.block_table, m.decode_row, m.decode_position, budget,
             self.config.pooling, soft, units, gates,
         )  # fmt: skip
-        partials = None
-        if space.partials is not None:
-            partials = (space.partials[0][:rows], space.partials[1][:rows])
+        partials = (space.partials[0][:rows], space.partials[1][:rows])
         decode_api.decode(
             query[:rows], kv_cache, m.block_table, m.decode_row, m.decode_position, units, gates,
             budget, self.scale, output[:rows], partials, space.max_tokens,
         )  # fmt: skip
+
+    def _decode_cpu(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, m: SparseKMetadata, output: torch.Tensor
+    ) -> None:
+        if self.cpu_decoder is None:
+            self.cpu_decoder = CpuDecoder(
+                self.config.budget(kv_cache.shape[2]), self.config.pooling,
+                self.config.mode == "soft_v", self.scale,
+            )  # fmt: skip
+        scores, _ = self.score_cache.views()
+        self.cpu_decoder.forward(
+            query, kv_cache, scores, m.block_table, m.cpu_rows, m.cpu_windows, output
+        )
 
     def _prefill(
         self,

@@ -6,7 +6,7 @@ nothing here waits for the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sparsek import compat
+from vllm_sparsek.attention.cpu_decode import CpuDecodeRow
 from vllm_sparsek.attention.settings import settings_of
 from vllm_sparsek.metrics import StepCounters
 
@@ -59,6 +60,7 @@ class SparseKMetadata(AttentionMetadata):
         decode_position: [num_decodes] int32.
         sparse_decodes: whether any decode row is sparse (always true in a CUDA graph).
         items: sparse queries of the prefill rows, or None.
+        cpu_rows: sparse decode rows, on the CPU only; cpu_windows: what layers share of them.
     """
 
     num_actual_tokens: int
@@ -74,6 +76,8 @@ class SparseKMetadata(AttentionMetadata):
     decode_position: torch.Tensor
     sparse_decodes: bool
     items: PrefillItems | None
+    cpu_rows: list[CpuDecodeRow] = field(default_factory=list)
+    cpu_windows: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
@@ -94,7 +98,8 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         self.config = settings_of(vllm_config)
-        self.budget = self.config.budget(kv_cache_spec.block_size)
+        self.page = kv_cache_spec.block_size
+        self.budget = self.config.budget(self.page)
         self.max_model_len = vllm_config.model_config.max_model_len
         self.first_sparse = self.budget.first_sparse_position(self.max_model_len)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
@@ -194,7 +199,23 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             decode_position=decode_position[:num_decodes],
             sparse_decodes=bool(has_sparse[:num_decodes].any()),
             items=self._items(num_decodes, starts_in_batch, query_lens, ends, sparse_from),
+            cpu_rows=self._cpu_rows(common.block_table_tensor, has_sparse[:num_decodes], ends),
         )
+
+    def _cpu_rows(
+        self, block_table: torch.Tensor, has_sparse: np.ndarray, ends: np.ndarray
+    ) -> list[CpuDecodeRow]:
+        """Sparse decode rows, with what identifies their selection."""
+        if self.device.type != "cpu":
+            return []
+        table, rows = block_table.numpy(), []
+        for row in np.flatnonzero(has_sparse).tolist():
+            position = int(ends[row]) - 1
+            start = self.budget.selection_position(position)
+            competing = self.budget.end_unit(start) * self.budget.unit
+            blocks = table[row, : -(-competing // self.page)].tobytes()
+            rows.append(CpuDecodeRow(row, position, (start, blocks)))
+        return rows
 
     def _items(
         self,

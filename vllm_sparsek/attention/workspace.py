@@ -15,7 +15,7 @@ class DecodeWorkspace:
 
     Attributes:
         units: [rows, H, K] int32; gates: [rows, H, K] float32 or None.
-        partials: the two float32 tensors decode takes, or None on the CPU.
+        partials: the two float32 tensors decode takes.
         max_tokens: upper bound of the tokens one row reads.
     """
 
@@ -34,12 +34,11 @@ class DecodeWorkspace:
         self.max_tokens = budget.max_tokens_attended(max_model_len)
         self.units = torch.empty(shape, dtype=torch.int32, device=device)
         self.gates = torch.empty(shape, dtype=torch.float32, device=device) if soft else None
-        self.partials: tuple[torch.Tensor, ...] | None = None
-        if device.type == "cuda":
-            self.partials = tuple(
-                torch.empty(shape, dtype=torch.float32, device=device)
-                for shape in workspace_shapes(rows, query_heads, head_dim, self.max_tokens)
-            )
+        acc, stats = workspace_shapes(rows, query_heads, head_dim, self.max_tokens)
+        self.partials = (
+            torch.empty(acc, dtype=torch.float32, device=device),
+            torch.empty(stats, dtype=torch.float32, device=device),
+        )
 
 
 @functools.lru_cache(maxsize=8)

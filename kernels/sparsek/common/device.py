@@ -16,6 +16,7 @@ from vllm_sparsek.kernels.common.budget import Budget
 
 # scalars that differ between models or layers: never worth a second compilation
 BUDGET_SCALARS = ["first_unit", "window", "refresh", "k", "share_bits"]
+MIN_BLOCK_M = 16  # the smallest tile tl.dot takes
 
 
 @functools.lru_cache(maxsize=1024)

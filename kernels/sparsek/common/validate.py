@@ -8,6 +8,17 @@ from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.dispatch import check_shape, check_tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+KERNEL_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+KERNEL_HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+def kernel_takes(query: torch.Tensor) -> tuple[bool, str]:
+    """Whether the Triton attention kernels take this head size and dtype, and why not."""
+    if query.shape[-1] not in KERNEL_HEAD_DIMS:
+        return False, f"head_dim is {query.shape[-1]}: the Triton kernels take {KERNEL_HEAD_DIMS}"
+    if query.dtype not in KERNEL_FLOATS:
+        return False, f"query is {query.dtype}: the Triton kernels take {KERNEL_FLOATS}"
+    return True, ""
 
 
 def check_attention(

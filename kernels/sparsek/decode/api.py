@@ -11,22 +11,10 @@ from vllm_sparsek.kernels.common.dispatch import (
     implementation,
     require,
 )
-from vllm_sparsek.kernels.common.validate import check_attention
+from vllm_sparsek.kernels.common.validate import check_attention, kernel_takes
+from vllm_sparsek.kernels.decode.splits import workspace_shapes
 
-
-def workspace_shapes(
-    items: int, query_heads: int, head_dim: int, max_tokens: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the two float32 tensors that ``decode`` takes as its workspace.
-
-    Args:
-        items: items of the call.
-        query_heads, head_dim: Hq and D.
-        max_tokens: as given to ``decode``, usually ``budget.max_tokens_attended(...)``.
-    """
-    from vllm_sparsek.kernels.decode import triton
-
-    return triton.workspace_shapes(items, query_heads, head_dim, max_tokens)
+__all__ = ["decode", "workspace_shapes"]
 
 
 def decode(
@@ -77,10 +65,10 @@ def decode(
         module.decode(*arguments)
         return
     items, query_heads, head_dim = query.shape
-    require(module.supported(head_dim, kv_cache.shape[2]))
+    require(kernel_takes(query))
     if max_tokens is None:
         max_tokens = budget.max_tokens_attended(block_table.shape[1] * kv_cache.shape[2])
-    shapes = module.workspace_shapes(items, query_heads, head_dim, max_tokens)
+    shapes = workspace_shapes(items, query_heads, head_dim, max_tokens)
     if workspace is None:
         workspace = tuple(
             torch.empty(shape, dtype=torch.float32, device=query.device) for shape in shapes

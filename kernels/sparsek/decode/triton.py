@@ -11,37 +11,14 @@ import triton.language as tl
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,
+    MIN_BLOCK_M,
     budget_arguments,
     list_bounds,
     list_positions,
     softmax_step,
     token_offsets,
 )
-
-HEAD_DIMS = (64, 80, 96, 128, 256)
-MIN_BLOCK_M = 16  # the smallest tile tl.dot takes
-# list tokens per program; the split must not depend on the batch, or outputs would
-SPLIT_TOKENS = 256
-MAX_SPLITS = 64  # bounds the workspace of budgets that grow with the context
-
-
-def split_sizes(max_tokens: int) -> tuple[int, int]:
-    """(splits, tokens per split) for lists of up to ``max_tokens`` tokens."""
-    tokens = max(SPLIT_TOKENS, -(-max_tokens // MAX_SPLITS))
-    tokens = triton.cdiv(tokens, SPLIT_TOKENS) * SPLIT_TOKENS
-    return triton.cdiv(max_tokens, tokens), tokens
-
-
-def workspace_shapes(
-    items: int, query_heads: int, head_dim: int, max_tokens: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the two float32 tensors of the workspace.
-
-    Returns:
-        acc [items, Hq, splits, D] and stats [items, Hq, splits, 2].
-    """
-    splits, _ = split_sizes(max_tokens)
-    return (items, query_heads, splits, head_dim), (items, query_heads, splits, 2)
+from vllm_sparsek.kernels.decode.splits import split_sizes
 
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "split_tokens", "splits"])
@@ -197,13 +174,6 @@ def tile_sizes(head_dim: int, group: int, itemsize: int) -> dict[str, int]:
     }
 
 
-def supported(head_dim: int, page: int) -> tuple[bool, str]:
-    """Whether the kernels take this head size and page size, and why not."""
-    if head_dim not in HEAD_DIMS:
-        return False, f"head_dim is {head_dim}: the Triton kernels take {HEAD_DIMS}"
-    return True, ""
-
-
 def decode(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -221,7 +191,7 @@ def decode(
     """See ``reference.decode``.
 
     Args:
-        workspace: acc and stats, contiguous, of ``workspace_shapes``; need no initial value.
+        workspace: acc and stats, contiguous, of ``splits.workspace_shapes``; need no initial value.
         max_tokens: no item's list is longer; it sizes the grid.
     """
     items, query_heads, head_dim = query.shape

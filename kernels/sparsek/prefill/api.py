@@ -11,7 +11,7 @@ from vllm_sparsek.kernels.common.dispatch import (
     implementation,
     require,
 )
-from vllm_sparsek.kernels.common.validate import check_attention
+from vllm_sparsek.kernels.common.validate import check_attention, kernel_takes
 
 
 def prefill(
@@ -57,7 +57,7 @@ def prefill(
     check_shape("item_query_len", item_query_len, tuple(item_row.shape))
     module = implementation("prefill", impl, query.device)
     if module.__name__.endswith("triton"):
-        require(module.supported(query.shape[-1], kv_cache.shape[2]))
+        require(kernel_takes(query))
     module.prefill(
         query, kv_cache, block_table, item_row, item_position, item_query_start, item_query_len,
         units, gates, budget, scale, out,

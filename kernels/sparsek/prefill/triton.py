@@ -11,6 +11,7 @@ import triton.language as tl
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,
+    MIN_BLOCK_M,
     budget_arguments,
     list_bounds,
     list_positions,
@@ -18,8 +19,6 @@ from vllm_sparsek.kernels.common.device import (
     token_offsets,
 )
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
-MIN_BLOCK_M = 16  # the smallest tile tl.dot takes
 MAX_BLOCK_M = 128
 
 
@@ -131,13 +130,6 @@ def tile_sizes(head_dim: int, group: int, refresh: int, itemsize: int) -> dict[s
 def warps(block_m: int) -> int:
     """Warps of ``prefill_fwd_kernel``."""
     return 8 if block_m > 64 else 4
-
-
-def supported(head_dim: int, page: int) -> tuple[bool, str]:
-    """Whether the kernel takes this head size and page size, and why not."""
-    if head_dim not in HEAD_DIMS:
-        return False, f"head_dim is {head_dim}: the Triton kernel takes {HEAD_DIMS}"
-    return True, ""
 
 
 def prefill(

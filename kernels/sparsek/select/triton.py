@@ -47,27 +47,30 @@ def load_unit_scores(
         b_block = tl.load(p_table + o_u, mask=m_u, other=0).to(tl.int64)
         o_c = tl.arange(0, POOL_CHUNK)
         p_page = p_scores + b_block[:, None] * stride_block + o_c[None, :]
-        b_z = tl.zeros([BLOCK], tl.float32)
-        if POOLING != "mean":
-            b_z += float("-inf")
+        # chunks are combined element by element and reduced once, after the loop: a reduction
+        # inside trips an assertion of Triton 3.6 (OptimizeThreadLocality)
+        if POOLING == "mean":
+            b_sum = tl.zeros([BLOCK, POOL_CHUNK], tl.float32)
             for c in range(0, UNIT, POOL_CHUNK):
                 m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
-                b_c = tl.load(p_page + c, mask=m_c, other=float("-inf"))  # [BLOCK, CHUNK]
-                b_z = tl.maximum(b_z, tl.max(b_c, 1))
-        if POOLING != "max":
-            b_shift = tl.where(b_z == float("-inf"), 0.0, b_z)
-            b_sum = tl.zeros([BLOCK], tl.float32)
+                b_sum += tl.load(p_page + c, mask=m_c, other=0.0)  # [BLOCK, CHUNK]
+            b_z = tl.where(m_u, tl.sum(b_sum, 1) / UNIT, float("-inf"))
+        else:
+            b_high = tl.full([BLOCK, POOL_CHUNK], float("-inf"), tl.float32)
             for c in range(0, UNIT, POOL_CHUNK):
                 m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
-                if POOLING == "mean":
-                    b_sum += tl.sum(tl.load(p_page + c, mask=m_c, other=0.0), 1)
-                else:
+                b_high = tl.maximum(b_high, tl.load(p_page + c, mask=m_c, other=float("-inf")))
+            b_z = tl.max(b_high, 1)
+            if POOLING == "lse":
+                b_shift = tl.where(b_z == float("-inf"), 0.0, b_z)
+                b_sum = tl.zeros([BLOCK, POOL_CHUNK], tl.float32)
+                for c in range(0, UNIT, POOL_CHUNK):
+                    m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
                     b_c = tl.load(p_page + c, mask=m_c, other=float("-inf"))
-                    b_sum += tl.sum(tl.exp(b_c - b_shift[:, None]), 1)
-            if POOLING == "mean":
-                b_z = tl.where(m_u, b_sum / UNIT, float("-inf"))
-            else:
-                b_z = tl.where(b_z == float("-inf"), b_z, b_shift + tl.log(tl.maximum(b_sum, 1.0)))
+                    b_sum += tl.exp(b_c - b_shift[:, None])
+                # the highest token alone contributes 1
+                b_log = tl.log(tl.maximum(tl.sum(b_sum, 1), 1.0))
+                b_z = tl.where(b_z == float("-inf"), b_z, b_shift + b_log)
     return tl.where(b_z == 0.0, 0.0, b_z)
 
 
@@ -317,5 +320,8 @@ COMPILE_CASES = [
         (128, 128, "lse", True),
         (32, 32, "mean", False),
         (32, 32, "max", False),
+        (16, 16, "max", True),
+        (64, 64, "lse", False),
+        (48, 48, "lse", True),
     ]
 ]

