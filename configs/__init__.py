@@ -1,0 +1,1 @@
+"""Presets and benchmark definitions, shipped as data."""

@@ -15,8 +15,13 @@ from vllm_sparsek.serving_bench.config import Arm
 from vllm_sparsek.serving_bench.errors import BenchError
 from vllm_sparsek.serving_bench.processes import Child, cause, tail, wait
 
-# the `vllm` command of this interpreter, whatever is first on the PATH
-VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+# the `vllm` command of this interpreter, whatever is first on the PATH; not `-m`, which puts the
+# working directory on the path: in a checkout that would hide the installed package
+VLLM = (
+    sys.executable,
+    "-c",
+    "import sys; sys.path.pop(0); from vllm.entrypoints.cli.main import main; main()",
+)
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.5
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -46,13 +45,3 @@ def vllm_command() -> list[str]:
     """The vllm command line of this interpreter."""
     found = shutil.which("vllm", path=str(Path(sys.executable).parent))
     return [found] if found else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-
-
-def run_python(code: str, env: dict[str, str] | None = None, timeout: float = 600) -> str:
-    """Run code in a fresh interpreter and return its standard output."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **(env or {})},
-        capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout

@@ -30,6 +30,11 @@ COMMANDS = (
         "vllm_sparsek.serving_bench.cli",
         "compare attention backends under vLLM's own serving benchmark",
     ),
+    Command(
+        ("demo",),
+        "vllm_sparsek.serving_bench.demo.cli",
+        "a real model and question on this machine, then a small benchmark",
+    ),
 )
 # the words that only group commands
 GROUPS: dict[tuple[str, ...], str] = {("bench",): "measure speed"}

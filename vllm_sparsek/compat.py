@@ -302,6 +302,45 @@ def add_score_cache(
     return cache
 
 
+def hook_kv_cache_groups(spec_class: type) -> None:
+    """Keep SparseK layers, their score caches and layers with a sliding window in one group.
+
+    vLLM gives each kind of layer a group with block ids of its own and makes the pages of all
+    groups equally large. A score cache would leave its layer's group and its blocks would be
+    somebody else's memory. In one group, as with ``--disable-hybrid-kv-cache-manager``, block
+    ids and page sizes stay as they are; layers with a sliding window keep their whole context.
+    Ends when vLLM lets a layer's second cache follow the first into its group.
+
+    Args:
+        spec_class: the spec of SparseK layers and score caches.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    original = kv_cache_utils.get_kv_cache_groups
+    if hasattr(original, "sparsek_original"):
+        return
+
+    @functools.wraps(original)
+    def get_kv_cache_groups(vllm_config: VllmConfig, kv_cache_spec: dict[str, Any]) -> Any:
+        ours = {n: spec for n, spec in kv_cache_spec.items() if isinstance(spec, spec_class)}
+        if ours and len(ours) < len(kv_cache_spec):
+            kv_cache_utils.unify_hybrid_kv_cache_specs(kv_cache_spec)
+            # a group's manager follows its first layer, and ours knows what may be prefix-cached
+            ordered = {**ours, **kv_cache_spec}
+            kv_cache_spec.clear()
+            kv_cache_spec.update(ordered)
+        groups = original(vllm_config, kv_cache_spec)
+        if ours and len(groups) > 1:
+            raise RuntimeError(
+                "sparsek: vLLM split the layers of this model into several KV cache groups, "
+                "which is not supported yet: serve without --attention-backend sparsek."
+            )
+        return groups
+
+    get_kv_cache_groups.sparsek_original = original  # type: ignore[attr-defined]
+    kv_cache_utils.get_kv_cache_groups = get_kv_cache_groups
+
+
 def max_decode_rows(vllm_config: VllmConfig) -> int:
     """Most rows of a decode batch, CUDA graph padding included."""
     return max(

@@ -49,7 +49,8 @@ class SparseKConfig:
         scorer: a name from ``vllm_sparsek.scorers``, or ``auto``: ``learned`` when
             ``scorer_path`` is set, else ``keydiff``.
         scorer_path: safetensors file of a learned scorer; relative paths of a checkpoint's
-            ``sparsek_config`` are relative to the checkpoint.
+            ``sparsek_config`` are relative to the checkpoint, whose own folder is no place for
+            it: vLLM loads every safetensors file there as weights.
         prefill: ``sparse``, ``dense`` (only decode is sparse), or ``auto``: sparse with a
             learned scorer, dense without one.
         dense_layers: indices of layers that always read the whole context.
@@ -162,6 +163,10 @@ class SparseKConfig:
         from_checkpoint = _known(checkpoint or {}, "the checkpoint's sparsek_config")
         path = from_checkpoint.get("scorer_path")
         if isinstance(path, str) and checkpoint_dir and not Path(path).is_absolute():
+            if Path(path).parent == Path() and Path(path).suffix == ".safetensors":
+                raise _error("scorer_path", path,
+                             "vLLM would load it as weights of the model: put it into a folder "
+                             f"of the checkpoint, e.g. sparsek/{path}")  # fmt: skip
             from_checkpoint["scorer_path"] = str(Path(checkpoint_dir) / path)
         direct = _known(additional or {}, "additional_config")
         from_env = _from_env(os.environ if env is None else env)

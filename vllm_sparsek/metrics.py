@@ -13,6 +13,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class StepCounters:
         self._file = path.open("r+b")
         self._map = mmap.mmap(self._file.fileno(), _FORMAT.size)
         self._values = [0, 0, 0, 0]
-        atexit.register(path.unlink, missing_ok=True)
+        # workers leave through multiprocessing, which runs finalizers and no atexit functions
+        Finalize(None, path.unlink, kwargs={"missing_ok": True}, exitpriority=0)
 
     @classmethod
     def create(cls, vllm_config: VllmConfig) -> StepCounters | None:
@@ -63,6 +65,13 @@ class _Collector:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
         self.engines: set[int] = set()
+        # a worker that was killed leaves its file
+        atexit.register(self.unlink)
+
+    def unlink(self) -> None:
+        """Remove the files of all engines; a running worker counts on unseen."""
+        for engine in self.engines:
+            _path(self.vllm_config, engine).unlink(missing_ok=True)
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,22 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import engine_env
 
 DRIVER = Path(__file__).with_name("driver.py")
-
-# a machine without a GPU: small cache, no thread pinning (other engines may run beside)
-CPU_ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-
-def engine_env(**more: str) -> dict[str, str]:
-    """Environment of an engine process; the Triton interpreter never leaks into it."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return {**env, **CPU_ENV, **more}
 
 
 def run_engine(llm: dict[str, Any], calls: list[dict[str, Any]], **env: str) -> dict[str, Any]:
@@ -36,19 +22,19 @@ def run_engine(llm: dict[str, Any], calls: list[dict[str, Any]], **env: str) -> 
         env=engine_env(**env), capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and lines, (done.stdout[-6000:] + done.stderr[-4000:])
+    assert done.returncode == 0 and lines, done.stdout[-6000:] + done.stderr[-4000:]
     return json.loads(lines[-1][len("RESULT ") :])
 
 
 @pytest.fixture(scope="session")
 def base_llm(model_dir: str) -> dict[str, Any]:
-    """Arguments every engine shares: float32, so that greedy tokens are not rounding's."""
+    """Arguments every engine shares; float32 on the CPU, where greedy tokens must be equal."""
     import torch
 
     cuda = torch.cuda.is_available()
     return {
         "model": model_dir,
-        "dtype": "bfloat16" if cuda else "float32",
+        "dtype": "float16" if cuda else "float32",
         "max_model_len": 2048,
         "max_num_seqs": 8,
         "gpu_memory_utilization": 0.3,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from answers import assert_same_tokens
 
 pytestmark = pytest.mark.engine
 
@@ -19,6 +21,14 @@ CASES = {
 TOKENS = 24
 # the CPU's default of 128 would leave page granularity nothing to choose from
 PAGE = 32
+
+
+# on a GPU no dtype that the dense path takes gives bitwise equal tokens for unequal batches
+EXACT = not torch.cuda.is_available()
+
+
+def same(answer, other):
+    assert_same_tokens(answer, other, EXACT)
 
 
 def calls(prompts):
@@ -45,34 +55,33 @@ def dense(engine, prompts):
 def test_default_budget_gives_the_dense_backends_tokens(engine, prompts, dense):
     result = engine([{"prompts": prompts, "max_tokens": TOKENS}], {})
     assert result["backend"] == "SPARSEK"
-    assert result["answers"][0]["tokens"] == dense["answers"][0]["tokens"]
+    same(result["answers"][0], dense["answers"][0])
     assert result["metrics"]["vllm:num_preemptions"] == 0
 
 
 def test_a_small_budget_changes_what_is_read(first, dense, prompts):
-    tokens, reference = first["answers"][0]["tokens"], dense["answers"][0]["tokens"]
-    assert tokens[:3] != reference[:3]
+    answer, reference = first["answers"][0], dense["answers"][0]
+    tokens = answer["tokens"]
+    assert tokens[:3] != reference["tokens"][:3]
     # the short prompt and its answer fit the budget of every case
-    assert tokens[3] == reference[3]
+    assert tokens[3] == reference["tokens"][3]
     assert all(len(set(answer)) > 4 for answer in tokens[:3]), "a repeating toy proves nothing"
 
 
 def test_prefix_cache_hits_change_nothing(first, prompts):
     again = first["answers"][1]
-    assert again["tokens"] == first["answers"][0]["tokens"]
+    same(again, first["answers"][0])
     assert again["cached"][0] >= len(prompts[0]) // PAGE * PAGE - PAGE
 
 
 def test_the_batch_changes_nothing(first):
     assert first["answers"][2]["cached"] == [0, 0, 0, 0]
-    assert first["answers"][2]["tokens"] == first["answers"][0]["tokens"]
+    same(first["answers"][2], first["answers"][0])
 
 
 def test_chunked_prefill_changes_nothing(case, engine, first, prompts):
-    result = engine(
-        calls(prompts)[:1], CASES[case], max_num_batched_tokens=120, block_size=PAGE
-    )
-    assert result["answers"][0]["tokens"] == first["answers"][0]["tokens"]
+    result = engine(calls(prompts)[:1], CASES[case], max_num_batched_tokens=120, block_size=PAGE)
+    same(result["answers"][0], first["answers"][0])
 
 
 def test_preemption_changes_nothing(case, engine, first, prompts):
@@ -84,4 +93,4 @@ def test_preemption_changes_nothing(case, engine, first, prompts):
         enable_prefix_caching=False, block_size=PAGE,
     )  # fmt: skip
     assert result["metrics"]["vllm:num_preemptions"] > 0
-    assert result["answers"][0]["tokens"] == first["answers"][0]["tokens"]
+    same(result["answers"][0], first["answers"][0])

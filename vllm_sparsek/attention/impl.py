@@ -149,8 +149,16 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         assert self.scorer is not None
         self.scorer.write(
             ScoreBatch(
-                key[:tokens], value[:tokens], m.positions, m.slot_mapping, kv_cache,
-                m.block_table, m.query_start_loc, m.seq_lens, scores, anchors,
+                key[:tokens],
+                value[:tokens],
+                m.positions,
+                m.slot_mapping,
+                kv_cache,
+                m.block_table,
+                m.query_start_loc,
+                m.seq_lens,
+                scores,
+                anchors,
             )  # fmt: skip
         )
 

@@ -111,9 +111,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             make_dense(kv_cache_spec, layer_names, vllm_config, device) if always_dense else None
         )
         self.max_rows = compat.max_decode_rows(vllm_config)
-        self.max_tokens = max(
-            vllm_config.scheduler_config.max_num_batched_tokens, self.max_rows
-        )
+        self.max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, self.max_rows)
         # decode_row | decode_position | dense seq_lens | positions
         self.buffer = torch.zeros(
             3 * self.max_rows + self.max_tokens, dtype=torch.int32, device=device

@@ -96,5 +96,8 @@ def refuse_unsupported_impl(
         _refuse("speculative decoding", f"drop --speculative-config, {WITHOUT}")
     if vllm_config.kv_transfer_config is not None:
         _refuse("KV connectors", f"drop --kv-transfer-config, {WITHOUT}")
+    if vllm_config.model_config.is_hybrid:
+        _refuse("models that mix attention with state-space layers",
+                "serve without --attention-backend sparsek")  # fmt: skip
     if vllm_config.parallel_config.enable_dbo:
         _refuse("dual batch overlap", f"drop --enable-dbo, {WITHOUT}")

@@ -1,0 +1,1 @@
+"""The paged score cache and its spec."""

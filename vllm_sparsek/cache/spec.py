@@ -10,6 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_sparsek import compat
 from vllm_sparsek.config import SparseKConfig
 
 
@@ -77,3 +78,5 @@ KVCacheSpecRegistry.register(
 KVCacheSpecRegistry.register(
     PromptCachedSpec, PromptCachedManager, uniform_type_base_spec=FullAttentionSpec
 )
+# processes that plan the cache unpickle these specs, so they import this module
+compat.hook_kv_cache_groups(SparseKSpec)

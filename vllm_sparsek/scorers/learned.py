@@ -12,6 +12,7 @@ per position).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -33,7 +34,8 @@ class LearnedScorer(Scorer):
 
     Attributes:
         weight: [H, 2 * D] (linear) or [H, hidden] (MLP) float32; bias: [H].
-        hidden_weight: [H, hidden, 2 * D] or None; hidden_bias: [H, hidden] or None.
+        hidden_weight: [H, hidden, 2 * D] or None; hidden_bias: [H, hidden] or None; float64:
+            how a matrix product rounds depends on the number of tokens, and a score must not.
         position_slope: score added per position.
     """
 
@@ -50,8 +52,8 @@ class LearnedScorer(Scorer):
         """See ``Scorer.score``."""
         x = torch.cat([key, value], dim=-1).float()  # [T, H, 2D]
         if self.hidden_weight is not None and self.hidden_bias is not None:
-            x = torch.einsum("thd,hmd->thm", x, self.hidden_weight) + self.hidden_bias
-            x = x.relu()
+            x = torch.einsum("thd,hmd->thm", x.double(), self.hidden_weight) + self.hidden_bias
+            x = x.relu().float()
         scores = (x * self.weight).sum(-1) + self.bias
         if self.position_slope:
             scores = scores + positions.float()[:, None] * self.position_slope
@@ -104,7 +106,8 @@ def load_layer(
         def tensor(name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
             full = f"layers.{layer}.{name}"
             if full not in names:
-                layers = sorted({int(n.split(".")[1]) for n in names if n.startswith("layers.")})
+                found = {re.match(r"layers\.(\d+)\.", n) for n in names}
+                layers = sorted(int(match[1]) for match in found if match)
                 known = f"layers {layers[0]}..{layers[-1]}" if layers else "no layers"
                 raise ScorerFileError(
                     f"sparsek: {path} has no tensor {full} (it has {known}): it was fitted "
@@ -114,16 +117,21 @@ def load_layer(
             if len(t.shape) != len(shape) or any(
                 want is not None and want != got for want, got in zip(shape, t.shape, strict=True)
             ):
-                want_text = tuple("any" if s is None else s for s in shape)
+                needs = ", ".join("any" if size is None else str(size) for size in shape)
                 raise ScorerFileError(
-                    f"sparsek: {path}: tensor {full} has shape {tuple(t.shape)}, the model "
-                    f"needs {want_text}: it was fitted to another model."
+                    f"sparsek: {path}: tensor {full} has shape {list(t.shape)}, the model "
+                    f"needs [{needs}]: it was fitted to another model."
                 )
             if not torch.isfinite(t).all():
                 raise ScorerFileError(f"sparsek: {path}: tensor {full} holds NaN or infinity.")
             return t[heads if heads is not None else slice(None)].contiguous().to(device)
 
-        slope = float(meta.get("position_slope", 0.0))
+        try:
+            slope = float(meta.get("position_slope", 0.0))
+        except ValueError:
+            raise ScorerFileError(
+                f"sparsek: {path}: position_slope is {meta['position_slope']!r}, not a number."
+            ) from None
         h = num_kv_heads
         if kind == "linear":
             return LearnedScorer(tensor("weight", (h, width)), tensor("bias", (h,)),
@@ -131,6 +139,6 @@ def load_layer(
         if kind == "mlp":
             w1 = tensor("w1", (h, None, width))
             hidden = w1.shape[1]
-            return LearnedScorer(tensor("w2", (h, hidden)), tensor("b2", (h,)), w1,
-                                 tensor("b1", (h, hidden)), slope)  # fmt: skip
+            return LearnedScorer(tensor("w2", (h, hidden)), tensor("b2", (h,)), w1.double(),
+                                 tensor("b1", (h, hidden)).double(), slope)  # fmt: skip
         raise ScorerFileError(f"sparsek: {path}: unknown kind {kind!r}; known are linear, mlp.")

@@ -17,4 +17,4 @@ class RecencyScorer(Scorer):
         self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """See ``Scorer.score``."""
-        return positions.float()[:, None].expand(-1, key.shape[1]).contiguous()
+        return positions.float()[:, None].repeat(1, key.shape[1])

@@ -1,0 +1,1 @@
+"""Attention of one query per item over its selection."""

@@ -1,0 +1,1 @@
+"""Attention of several queries per item over the selection they share."""

@@ -1,0 +1,1 @@
+"""Token scores into the paged score cache."""

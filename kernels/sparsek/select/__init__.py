@@ -1,0 +1,1 @@
+"""Which units every item and KV head keeps."""

@@ -7,7 +7,6 @@ one prefill chunk that fall into one refresh block.
 from __future__ import annotations
 
 import torch
-
 from vllm_sparsek.kernels.common.budget import Budget
 
 
@@ -91,7 +90,9 @@ def select(
         tokens = scores[blocks].transpose(0, 1).flatten(1)  # [H, n]
         z = unit_scores(tokens, budget.unit, pooling)[:, first:end]
         # stable sort: of equal scores the earlier unit stays
-        order = torch.sort(z, dim=-1, descending=True, stable=True).indices[:, :keep].sort(-1).values
+        order = (
+            torch.sort(z, dim=-1, descending=True, stable=True).indices[:, :keep].sort(-1).values
+        )
         units[item, :, :keep] = (order + first).int()
         if gates is not None:
             gate = torch.ones_like(order, dtype=torch.float32)

@@ -1,0 +1,61 @@
+"""Runs many small engines one after another in this process and prints their answers as JSON.
+
+argv[1]: a JSON file with a list of specifications, see driver.py. A model that cannot be served
+gives {"error": ...} instead of answers. With engines in the process itself, starting one takes
+seconds; what happens between processes is for driver.py to show.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+import driver
+
+
+def backends(llm: Any) -> dict[str, str]:
+    """Backend of every attention layer by the layer's name."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    return {name: layer.get_attn_backend().get_name() for name, layer in layers.items()}
+
+
+def density(llm: Any) -> float | None:
+    """Share of the context that was read, or None without SparseK."""
+    from vllm_sparsek import metrics
+
+    path = metrics._path(llm.llm_engine.vllm_config, 0)
+    if not path.is_file():
+        return None
+    attended, context, *_ = metrics._FORMAT.unpack(path.read_bytes())
+    return attended / context
+
+
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    """One engine's answers."""
+    found: dict[str, Any] = {}
+
+    def inspect(llm: Any) -> None:
+        found.update(backends=backends(llm), density=density(llm))
+
+    try:
+        result = driver.run(spec, inspect)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {**result, **found}
+
+
+if __name__ == "__main__":
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    results = []
+    for specification in json.loads(Path(sys.argv[1]).read_text()):
+        results.append(run(specification))
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    print("RESULT " + json.dumps(results))

@@ -1,0 +1,91 @@
+"""Llama-3.1-8B shape with dummy weights on one GPU: identity below the budget, and speed.
+
+    python tests/gpu/llama_shape.py dense|sparsek OUT.json [SPARSEK_SETTINGS_JSON]
+
+Runs one backend, writes tokens and times to OUT.json; if OUT.json's sibling of the other
+backend exists, compares with it. Runner V1: VLLM_USE_V2_MODEL_RUNNER=0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256, "hidden_act": "silu",
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1,
+    "eos_token_id": 2, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+LONG, ROWS = 32768, 16
+
+
+def prompt(seed: int, length: int) -> dict[str, Any]:
+    """Random token ids."""
+    import random
+
+    draw = random.Random(seed)
+    return {"prompt_token_ids": [draw.randrange(10, 128000) for _ in range(length)]}
+
+
+def main(backend: str, out: Path, settings: dict[str, Any]) -> None:
+    """Load the engine once and measure several things."""
+    from vllm import LLM, SamplingParams
+
+    folder = tempfile.mkdtemp()
+    Path(folder, "config.json").write_text(json.dumps(SHAPE))
+    extra: dict[str, Any] = {}
+    if backend == "sparsek":
+        extra = {"attention_backend": "sparsek", "additional_config": {"sparsek": settings}}
+    else:
+        extra = {"attention_backend": "FLASH_ATTN"}
+    started = time.perf_counter()
+    llm = LLM(folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=36864,
+              max_num_seqs=32, gpu_memory_utilization=0.9, disable_log_stats=False,
+              max_num_batched_tokens=8192, seed=0, **extra)  # fmt: skip
+    result: dict[str, Any] = {"backend": backend, "settings": settings}
+    result["load_s"] = time.perf_counter() - started
+
+    def run(prompts: list[dict[str, Any]], tokens: int) -> tuple[list[list[int]], float]:
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True,
+                                detokenize=False)  # fmt: skip
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [list(o.outputs[0].token_ids) for o in outputs], time.perf_counter() - began
+
+    short = [prompt(i, n) for i, n in enumerate((5, 17, 500, 1000, 1500, 1900))]
+    result["short"], _ = run(short, 48)
+    result["short_alone"] = [run([p], 48)[0][0] for p in short[3:5]]
+    for rows, length in ((1, 8192), (ROWS, LONG), (1, LONG)):
+        name = f"{rows}x{length}"
+        prompts = [prompt(1000 + i, length) for i in range(rows)]
+        _, prefill = run(prompts, 1)
+        run(prompts, 4)
+        tokens, few = min((run(prompts, 8) for _ in range(2)), key=lambda r: r[1])
+        _, many = min((run(prompts, 72) for _ in range(2)), key=lambda r: r[1])
+        result[f"prefill_s_{name}"] = prefill
+        result[f"decode_ms_{name}"] = (many - few) / 64 * 1e3
+        result[f"tokens_{name}"] = tokens
+    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    result["prefix_hits"] = metrics.get("vllm:prefix_cache_hits")
+    result["prefix_queries"] = metrics.get("vllm:prefix_cache_queries")
+    out.write_text(json.dumps(result))
+    print({k: v for k, v in result.items() if isinstance(v, int | float | str)})
+    other = out.with_name(out.name.replace(backend, "dense"))
+    if backend == "sparsek" and other.exists():
+        dense = json.loads(other.read_text())
+        same = [a == b for a, b in zip(result["short"], dense["short"], strict=True)]
+        print("short prompts equal dense, token for token:", same)
+        for key in [k for k in result if k.startswith(("decode_ms", "prefill_s"))]:
+            print(f"{key:24s} dense {dense[key]:8.2f}  sparsek {result[key]:8.2f}  "
+                  f"x{dense[key] / result[key]:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]) if len(sys.argv) > 3 else {})

@@ -1,0 +1,31 @@
+"""Processes that tests start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+# a machine without a GPU: small cache, no thread pinning (other engines may run beside)
+CPU_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def engine_env(**more: str) -> dict[str, str]:
+    """Environment of an engine process; the Triton interpreter never leaks into it."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return {**env, **CPU_ENV, **more}
+
+
+def run_python(code: str, env: dict[str, str] | None = None, timeout: float = 600) -> str:
+    """Run code in a fresh interpreter and return its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **(env or {})},
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
