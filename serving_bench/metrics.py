@@ -20,6 +20,8 @@ WAITING = "vllm:num_requests_waiting"
 KV_USAGE = "vllm:kv_cache_usage_perc"
 ATTENDED = "sparsek:tokens_attended_total"
 CONTEXT = "sparsek:context_tokens_total"
+DECODE_ATTENDED = "sparsek:decode_tokens_attended_total"
+DECODE_CONTEXT = "sparsek:decode_context_tokens_total"
 DENSE_STEPS = "sparsek:dense_steps_total"
 STEPS = "sparsek:steps_total"
 
@@ -143,6 +145,9 @@ def derive(
     prefill = delta(before, after, PROMPT_TOKENS_BY_SOURCE, source="local_compute")
     hits = delta(before, after, CACHE_HITS)
     density = ratio(delta(before, after, ATTENDED), delta(before, after, CONTEXT))
+    decode_density = ratio(
+        delta(before, after, DECODE_ATTENDED), delta(before, after, DECODE_CONTEXT)
+    )
     return {
         "prompt_tokens": prompt,
         "generation_tokens": generation,
@@ -153,5 +158,6 @@ def derive(
         "kv_hit_rate": ratio(hits, delta(before, after, CACHE_QUERIES)),
         "preemptions": delta(before, after, PREEMPTIONS),
         "density": 1.0 if dense else density,
+        "decode_density": 1.0 if dense else decode_density,
         "dense_step_share": ratio(delta(before, after, DENSE_STEPS), delta(before, after, STEPS)),
     }

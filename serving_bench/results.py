@@ -89,6 +89,7 @@ COLUMNS = (
     Column("generation_tokens_per_s", "gen.", "tok/s", 1),
     Column("kv_hit_rate", "KV hit", "%", 1, 100.0),
     Column("density", "density", "", 2),
+    Column("decode_density", "density, decode", "", 2),
     Column("prefill_tokens_per_s", "prefill", "tok/s", 1),
     Column("ttft_p50", "TTFT p50", "ms", 0),
     Column("ttft_p99", "TTFT p99", "ms", 0),

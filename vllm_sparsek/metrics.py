@@ -17,10 +17,21 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-_FORMAT = struct.Struct("4q")  # attended, context, dense steps, steps
+# name after "sparsek:" and help text of every counter, in the file's order
+COUNTERS = (
+    ("tokens_attended", "Context tokens read, summed over queries, mean over layers."),
+    ("context_tokens", "Context tokens there were, summed over queries."),
+    ("decode_tokens_attended", "The same as tokens_attended, of decode queries alone."),
+    ("decode_context_tokens", "The same as context_tokens, of decode queries alone."),
+    ("dense_steps", "Engine steps in which no query was sparse."),
+    ("steps", "Engine steps."),
+)
+_FORMAT = struct.Struct(f"{len(COUNTERS)}q")
+_ZEROS = (0,) * len(COUNTERS)
 
 
 def _is_sparsek(vllm_config: VllmConfig) -> bool:
@@ -37,10 +48,10 @@ class StepCounters:
     """Counters of one engine, written by its first worker."""
 
     def __init__(self, path: Path) -> None:
-        path.write_bytes(_FORMAT.pack(0, 0, 0, 0))
+        path.write_bytes(_FORMAT.pack(*_ZEROS))
         self._file = path.open("r+b")
         self._map = mmap.mmap(self._file.fileno(), _FORMAT.size)
-        self._values = [0, 0, 0, 0]
+        self._values = list(_ZEROS)
         # workers leave through multiprocessing, which runs finalizers and no atexit functions
         Finalize(None, path.unlink, kwargs={"missing_ok": True}, exitpriority=0)
 
@@ -52,10 +63,18 @@ class StepCounters:
             return None
         return cls(_path(vllm_config, parallel.data_parallel_index))
 
-    def add(self, attended: int, context: int, dense_step: bool) -> None:
-        """Count one step: tokens read and readable, summed over queries, mean over layers."""
-        for index, amount in enumerate((attended, context, int(dense_step), 1)):
-            self._values[index] += amount
+    def add(self, attended: np.ndarray, context: np.ndarray, decodes: int, dense: bool) -> None:
+        """Count one step.
+
+        Args:
+            attended, context: [queries] tokens read (mean over layers) and readable.
+            decodes: queries at the front of the batch that belong to decode rows.
+            dense: no query of the step was sparse.
+        """
+        amounts = (attended.sum(), context.sum(), attended[:decodes].sum(),
+                   context[:decodes].sum(), dense, 1)  # fmt: skip
+        for index, amount in enumerate(amounts):
+            self._values[index] += int(amount)
         self._map[:] = _FORMAT.pack(*self._values)
 
 
@@ -79,12 +98,7 @@ class _Collector:
         labels = ["engine", "model_name"]
         counters = [
             CounterMetricFamily(f"sparsek:{name}", text, labels=labels)
-            for name, text in (
-                ("tokens_attended", "Context tokens read, summed over queries, mean over layers."),
-                ("context_tokens", "Context tokens there were, summed over queries."),
-                ("dense_steps", "Engine steps in which no query was sparse."),
-                ("steps", "Engine steps."),
-            )
+            for name, text in COUNTERS
         ]
         density = GaugeMetricFamily(
             "sparsek:density", "Share of the context read since the start.", labels=labels
@@ -92,7 +106,7 @@ class _Collector:
         model = self.vllm_config.model_config.served_model_name
         model = model[0] if isinstance(model, list) else str(model)
         for engine in sorted(self.engines):
-            values = (0, 0, 0, 0)
+            values: tuple[int, ...] = _ZEROS
             with suppress(OSError, struct.error):
                 values = _FORMAT.unpack(_path(self.vllm_config, engine).read_bytes())
             for counter, value in zip(counters, values, strict=True):

@@ -36,12 +36,18 @@ def density(llm: Any) -> float | None:
     return attended / context
 
 
+def managers(llm: Any) -> list[str]:
+    """The class that allocates blocks, for every KV cache group."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    return [type(m).__name__ for m in scheduler.kv_cache_manager.coordinator.single_type_managers]
+
+
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     """One engine's answers."""
     found: dict[str, Any] = {}
 
     def inspect(llm: Any) -> None:
-        found.update(backends=backends(llm), density=density(llm))
+        found.update(backends=backends(llm), density=density(llm), managers=managers(llm))
 
     try:
         result = driver.run(spec, inspect)

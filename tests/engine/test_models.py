@@ -75,6 +75,7 @@ def answers(tmp_path_factory):
             keys.append((name, settings))
             specs.append({"llm": llm, "calls": calls})
     results = run_many(specs, folder)
+    results = [{**result, "spec": spec} for result, spec in zip(results, specs, strict=True)]
     return dict(zip(keys, results, strict=True))
 
 
@@ -138,3 +139,17 @@ def test_layers_with_a_sliding_window_keep_vllms_own_backend(answers):
     for index, kind in enumerate(MIXED_LAYERS):
         backend = result["backends"][f"model.layers.{index}.self_attn.attn"]
         assert {backend} == ({"SPARSEK"} if kind == "full_attention" else own)
+
+
+def test_mixed_layers_share_one_group_under_our_rule_for_prefix_caching(answers):
+    assert found(answers, MIXED, "dense prefill")["managers"] == ["PromptCachedManager"]
+    assert found(answers, MIXED, "sparse prefill")["managers"] == ["FullAttentionManager"]
+    # without the plugin, each kind has its own
+    assert len(found(answers, MIXED, None)["managers"]) > 1
+
+
+def test_mixed_layers_work_with_workers_in_processes_of_their_own(answers, engine):
+    here = found(answers, MIXED, "dense prefill")
+    calls = here["spec"]["calls"][:1]
+    there = engine(calls, SETTINGS["dense prefill"], **here["spec"]["llm"])
+    same(MIXED, here["answers"][0], there["answers"][0])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from processes import engine_env
-from tiny import run_many, tiny_llm, write_model
+from tiny import random_prompts, run_many, tiny_llm, write_model
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -37,7 +37,10 @@ LAYERS = {
     "cross attention": ({"attn_type": AttentionType.ENCODER_DECODER}, "cross attention", WITHOUT),
     "encoder": ({"attn_type": AttentionType.ENCODER}, "encoder attention", WITHOUT),
     "encoder only": ({"attn_type": AttentionType.ENCODER_ONLY}, "encoder attention", WITHOUT),
-    "all layers slide": ({"has_sliding_window": True}, "sliding window", "--disable-sliding-window"),
+    "all layers slide": (
+        {"has_sliding_window": True}, "every layer has a sliding window",
+        "--disable-sliding-window",
+    ),
     "sinks": ({"has_sink": True}, "attention sinks", WITHOUT),
     "image prefixes": ({"use_mm_prefix": True}, "image prefixes", WITHOUT),
     "non-causal": ({"use_non_causal": True}, "non-causal", WITHOUT),
@@ -148,11 +151,6 @@ MODELS = {
     ),
     "ALiBi": ("bloom", {"n_head": 4, "n_layer": 2}, {}, ["ALiBi", WITHOUT]),
     "fp8 cache": ("llama", {}, {"kv_cache_dtype": "fp8"}, ["fp8 KV cache", "--kv-cache-dtype"]),
-    "speculative decoding": (
-        "llama", {}, {"speculative_config": {
-            "method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-        ["speculative decoding", "--speculative-config"],
-    ),
     "KV connector": (
         "llama", {}, {"kv_transfer_config": {
             "kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -161,6 +159,12 @@ MODELS = {
     "unknown scorer": (
         "llama", {}, {"additional_config": {"sparsek": {"scorer": "keydif"}}},
         ["scorer='keydif'", "'keydiff'"],
+    ),
+    # the last: what vLLM imports for it keeps other engines from starting in the same process
+    "speculative decoding": (
+        "llama", {}, {"speculative_config": {
+            "method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        ["speculative decoding", "--speculative-config"],
     ),
 }  # fmt: skip
 
@@ -173,7 +177,14 @@ def refusals(tmp_path_factory):
         path = write_model(folder / str(index), model_type, weights=False, **changes)
         arguments = tiny_llm(path, dtype="bfloat16", attention_backend="sparsek", **llm)
         specs.append({"llm": arguments, "calls": []})
-    return dict(zip(MODELS, run_many(specs, folder), strict=True))
+    # with the remedy of the first; it has weights
+    path = write_model(folder / "remedy", "mistral", sliding_window=256)
+    remedy = tiny_llm(
+        path, attention_backend="sparsek", disable_sliding_window=True, max_model_len=256
+    )
+    calls = [{"prompts": random_prompts((100,)), "max_tokens": 2}]
+    specs.insert(0, {"llm": remedy, "calls": calls})
+    return dict(zip(["remedy", *MODELS], run_many(specs, folder), strict=True))
 
 
 @pytest.mark.engine
@@ -182,6 +193,12 @@ def test_the_engine_refuses_before_weights_load(case, refusals):
     assert "error" in refusals[case]
     for word in MODELS[case][3]:
         assert word in refusals[case]["error"]
+
+
+@pytest.mark.engine
+def test_a_model_whose_layers_all_slide_runs_with_the_remedy(refusals):
+    assert "error" not in refusals["remedy"], refusals["remedy"]["error"]
+    assert "SPARSEK" in refusals["remedy"]["backends"].values()
 
 
 COMMANDS = {

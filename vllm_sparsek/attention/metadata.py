@@ -156,7 +156,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         if self.capturing:
             has_sparse, has_dense = np.ones(rows, dtype=bool), np.zeros(rows, dtype=bool)
         elif prompts is not None:
-            self._count(starts_in_batch, query_lens, ends, sparse_from)
+            self._count(num_decodes, starts_in_batch, query_lens, ends, sparse_from)
 
         n = int(starts_in_batch[-1])
         packed = np.zeros(3 * self.max_rows + max(tokens, n), dtype=np.int32)
@@ -244,6 +244,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
 
     def _count(
         self,
+        num_decodes: int,
         starts_in_batch: np.ndarray,
         query_lens: np.ndarray,
         ends: np.ndarray,
@@ -253,13 +254,13 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         if self.counters is None:
             return
         positions = token_positions(starts_in_batch, query_lens, ends)
-        context = int((positions + 1).sum())
+        context = positions + 1
         sparse = positions >= np.repeat(sparse_from, query_lens)
-        attended = int((positions[~sparse] + 1).sum())
-        attended += int(self.budget.tokens_attended_many(positions[sparse]).sum())
+        attended = context.copy()
+        attended[sparse] = self.budget.tokens_attended_many(positions[sparse])
         # averaged over the layers of the group
-        attended = round(attended + (context - attended) * self.dense_share)
-        self.counters.add(attended, context, dense_step=not sparse.any())
+        attended = attended + (context - attended) * self.dense_share
+        self.counters.add(attended, context, num_decodes, dense=not sparse.any())
 
 
 def token_positions(

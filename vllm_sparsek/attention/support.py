@@ -20,6 +20,13 @@ def _refuse(feature: str, remedy: str) -> None:
     raise UnsupportedError(f"sparsek attention does not support {feature} yet: {remedy}.")
 
 
+def _refuse_unsupported_type(attn_type: str) -> None:
+    if attn_type == AttentionType.ENCODER_DECODER:
+        _refuse("cross attention", "serve without --attention-backend sparsek")
+    if attn_type != AttentionType.DECODER:
+        _refuse("encoder attention", "serve without --attention-backend sparsek")
+
+
 def refuse_unsupported_layer(layer: Any, device_type: str) -> None:
     """Check one layer at backend selection.
 
@@ -32,10 +39,7 @@ def refuse_unsupported_layer(layer: Any, device_type: str) -> None:
     """
     if layer.use_mla:
         _refuse("MLA models", "serve without --attention-backend sparsek")
-    if layer.attn_type == AttentionType.ENCODER_DECODER:
-        _refuse("cross attention", "serve without --attention-backend sparsek")
-    if layer.attn_type != AttentionType.DECODER:
-        _refuse("encoder attention", "serve without --attention-backend sparsek")
+    _refuse_unsupported_type(layer.attn_type)
     if layer.has_sliding_window:
         _refuse(
             "models whose every layer has a sliding window",
@@ -80,8 +84,7 @@ def refuse_unsupported_impl(
     Raises:
         UnsupportedError: names the feature and what to do.
     """
-    if attn_type != AttentionType.DECODER:
-        _refuse(f"{attn_type} attention", "serve without --attention-backend sparsek")
+    _refuse_unsupported_type(attn_type)
     if alibi_slopes is not None:
         _refuse("ALiBi", "serve without --attention-backend sparsek")
     if logits_soft_cap:
