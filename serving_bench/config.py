@@ -22,7 +22,6 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-
 from vllm_sparsek.serving_bench.errors import BenchError
 
 NonNegativeInt = Annotated[int, Field(ge=0)]

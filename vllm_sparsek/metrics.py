@@ -97,7 +97,8 @@ class _Collector:
 
         labels = ["engine", "model_name"]
         counters = [
-            CounterMetricFamily(f"sparsek:{name}", text, labels=labels) for name, text in COUNTERS
+            CounterMetricFamily(f"sparsek:{name}", text, labels=labels)
+            for name, text in COUNTERS
         ]
         density = GaugeMetricFamily(
             "sparsek:density", "Share of the context read since the start.", labels=labels

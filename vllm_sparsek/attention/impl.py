@@ -13,11 +13,10 @@ from vllm_sparsek.attention.cpu_decode import CpuDecoder
 from vllm_sparsek.attention.metadata import PrefillItems, SparseKMetadata
 from vllm_sparsek.attention.settings import settings_of
 from vllm_sparsek.attention.support import refuse_unsupported_impl
-from vllm_sparsek.attention.workspace import KeptSelections, decode_workspace, rows_that_fit
+from vllm_sparsek.attention.workspace import decode_workspace
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api
 from vllm_sparsek.kernels.select import api as select_api
-from vllm_sparsek.kernels.select.memo import SelectionMemo
 from vllm_sparsek.scorers import make_scorer, scorer_class
 from vllm_sparsek.scorers.base import ScoreBatch, Scorer
 
@@ -65,7 +64,6 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self.scorer: Scorer | None = None
         self.score_cache: Any = None
         self.cpu_decoder: CpuDecoder | None = None
-        self.kept: KeptSelections | None = None
         compat.hook_prompt_lengths()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -83,18 +81,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             self.vllm_config, layer_name, self.num_kv_heads, anchor, self.config
         )
         if device.type == "cuda":
-            page = self.vllm_config.cache_config.block_size
-            rows = min(
-                compat.max_decode_rows(self.vllm_config),
-                rows_that_fit(self.num_kv_heads, self._width(page),
-                              compat.num_layers(self.vllm_config), self.config.mode == "soft_v"),
-            )  # fmt: skip
-            self.kept = KeptSelections(rows, self.num_kv_heads, self._width(page),
-                                       self.config.mode == "soft_v", device)  # fmt: skip
-            self._workspace(page, device)
-
-    def _width(self, page: int) -> int:
-        return self.config.budget(page).max_units(self.max_model_len)
+            self._workspace(self.vllm_config.cache_config.block_size, device)
 
     def _workspace(self, page: int, device: torch.device) -> Any:
         return decode_workspace(
@@ -181,16 +168,12 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         page, rows = kv_cache.shape[2], m.num_decodes
         space = self._workspace(page, kv_cache.device)
         budget, soft = self.config.budget(page), space.gates is not None
-        units, gates, memo = space.units, space.gates, None
-        if self.kept is not None and rows <= self.kept.units.shape[0]:
-            units, gates = self.kept.units, self.kept.gates
-            memo = SelectionMemo(self.kept.stamps[:rows], m.step)
-        units = units[:rows]
-        gates = gates[:rows] if gates is not None else None
+        units = space.units[:rows]
+        gates = space.gates[:rows] if soft else None
         scores, _ = self.score_cache.views()
         select_api.select(
             scores, m.block_table, m.decode_row, m.decode_position, budget,
-            self.config.pooling, soft, units, gates, memo=memo,
+            self.config.pooling, soft, units, gates,
         )  # fmt: skip
         partials = (space.partials[0][:rows], space.partials[1][:rows])
         decode_api.decode(
@@ -222,7 +205,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         page = kv_cache.shape[2]
         budget, soft = self.config.budget(page), self.config.mode == "soft_v"
         scores, _ = self.score_cache.views()
-        width = self._width(page)
+        width = budget.max_units(self.max_model_len)
         at_once = max(1, SELECTION_BYTES // (4 * self.num_kv_heads * width))
         for low in range(0, items.row.numel(), at_once):
             part = slice(low, low + at_once)

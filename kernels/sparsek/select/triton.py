@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,
@@ -13,7 +12,6 @@ from vllm_sparsek.kernels.common.device import (
     end_unit,
     units_kept,
 )
-from vllm_sparsek.kernels.select.memo import SelectionMemo
 
 TOKEN_BLOCK = 2048  # token scores per step
 TOKEN_WARPS = 8
@@ -157,8 +155,6 @@ def select_fwd_kernel(
     item_position_ptr,  # [items] int32
     units_ptr,  # [items, H, K] int32
     gates_ptr,  # [items, H, K] float32 (SOFT)
-    stamps_ptr,  # [items, H, 4] int32 (MEMO)
-    step_ptr,  # [1] int32 (MEMO)
     first_unit,
     window,
     refresh,
@@ -174,14 +170,9 @@ def select_fwd_kernel(
     UNIT: tl.constexpr,
     POOLING: tl.constexpr,
     SOFT: tl.constexpr,
-    MEMO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Kept units, ascending, of one (item, KV head).
-
-    Every element of the output is written, except under MEMO where the selection of the step
-    before still stands or the item is padding.
-    """
+    """Kept units, ascending, of one (item, KV head); every element of the output is written."""
     i_i, i_h = tl.program_id(0), tl.program_id(1)
     o_b = tl.arange(0, BLOCK)
     o_bin = tl.arange(0, 256)
@@ -199,26 +190,6 @@ def select_fwd_kernel(
 
     p_table = block_table_ptr + tl.maximum(row, 0).to(tl.int64) * stride_table_row
     p_scores = scores_ptr + i_h.to(tl.int64) * stride_score_head
-
-    if MEMO:
-        p_stamp = stamps_ptr + (i_i * tl.num_programs(1) + i_h) * 4
-        step = tl.load(step_ptr)
-        first_block = tl.load(p_table)
-        last_block = tl.load(p_table + tl.maximum(end * UNIT - 1, 0) // PAGE)
-        stands = (
-            (tl.load(p_stamp) == start_position)
-            & (tl.load(p_stamp + 1) == first_block)
-            & (tl.load(p_stamp + 2) == last_block)
-            & (tl.load(p_stamp + 3) == step - 1)
-        )
-        # all threads have read the stamp before one of them writes it
-        tl.debug_barrier()
-        tl.store(p_stamp, start_position)
-        tl.store(p_stamp + 1, first_block)
-        tl.store(p_stamp + 2, last_block)
-        tl.store(p_stamp + 3, tl.where(row < 0, -2, step))
-        if stands | (row < 0):
-            return
 
     if keep == end - first_unit:
         for start in range(0, keep, BLOCK):
@@ -309,27 +280,24 @@ def select(
     soft: bool,
     units_out: torch.Tensor,
     gates_out: torch.Tensor | None = None,
-    memo: SelectionMemo | None = None,
 ) -> None:
-    """See ``reference.select`` and ``SelectionMemo``."""
+    """See ``reference.select``; every element of ``units_out`` and ``gates_out`` is written."""
     items, heads, width = units_out.shape
     if items == 0:
         return
     by_token = budget.unit == 1
     select_fwd_kernel[(items, heads)](
         scores, block_table, item_row, item_position,
-        units_out, gates_out if soft else units_out,
-        memo.stamps if memo is not None else units_out, memo.step if memo is not None else item_row,
-        *budget_arguments(budget), width,
+        units_out, gates_out if soft else units_out, *budget_arguments(budget), width,
         scores.stride(0), scores.stride(1), block_table.stride(0),
         units_out.stride(0), units_out.stride(1),
-        PAGE=scores.shape[2], UNIT=budget.unit, POOLING=pooling, SOFT=soft, MEMO=memo is not None,
+        PAGE=scores.shape[2], UNIT=budget.unit, POOLING=pooling, SOFT=soft,
         BLOCK=TOKEN_BLOCK if by_token else PAGE_BLOCK,
         num_warps=TOKEN_WARPS if by_token else PAGE_WARPS,
     )  # fmt: skip
 
 
-_TYPES = "*fp32 *i32 *i32 *i32 *i32 *fp32 *i32 *i32 i32 i32 i32 i32 i64 i32 i64 i32 i32 i64 i32"
+_TYPES = "*fp32 *i32 *i32 *i32 *i32 *fp32 i32 i32 i32 i32 i64 i32 i64 i32 i32 i64 i32"
 # (kernel, argument types, constexprs, options); see common/compile_targets.py
 COMPILE_CASES = [
     (
@@ -340,20 +308,19 @@ COMPILE_CASES = [
             "UNIT": unit,
             "POOLING": pooling,
             "SOFT": soft,
-            "MEMO": memo,
             "BLOCK": TOKEN_BLOCK if unit == 1 else PAGE_BLOCK,
         },
         {"num_warps": TOKEN_WARPS if unit == 1 else PAGE_WARPS},
     )
-    for page, unit, pooling, soft, memo in [
-        (16, 1, "lse", False, True),
-        (16, 1, "lse", True, True),
-        (16, 16, "lse", False, True),
-        (128, 128, "lse", True, False),
-        (32, 32, "mean", False, False),
-        (32, 32, "max", False, False),
-        (16, 16, "max", True, True),
-        (64, 64, "lse", False, False),
-        (48, 48, "lse", True, False),
+    for page, unit, pooling, soft in [
+        (16, 1, "lse", False),
+        (16, 1, "lse", True),
+        (16, 16, "lse", False),
+        (128, 128, "lse", True),
+        (32, 32, "mean", False),
+        (32, 32, "max", False),
+        (16, 16, "max", True),
+        (64, 64, "lse", False),
+        (48, 48, "lse", True),
     ]
 ]
