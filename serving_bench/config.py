@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+
 from vllm_sparsek.serving_bench.errors import BenchError
 
 NonNegativeInt = Annotated[int, Field(ge=0)]

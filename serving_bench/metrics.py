@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
+
 from vllm_sparsek.serving_bench import http
 
 PROMPT_TOKENS = "vllm:prompt_tokens_total"

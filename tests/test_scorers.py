@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from vllm_sparsek.kernels.common.score_pages import floats_per_token, split_score_cache
 
 from vllm_sparsek.config import SparseKConfig
+from vllm_sparsek.kernels.common.score_pages import floats_per_token, split_score_cache
 from vllm_sparsek.scorers import SCORERS, make_scorer, scorer_class
 from vllm_sparsek.scorers.base import ScoreBatch, Scorer
 from vllm_sparsek.scorers.learned import FORMAT, LearnedScorer, ScorerFileError, load_layer

@@ -24,6 +24,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("rich")
 
 from rich.console import Console  # noqa: E402
+
 from vllm_sparsek.serving_bench import (  # noqa: E402
     cli,
     client,

@@ -103,7 +103,7 @@ def hook_platform() -> None:
     """
     from vllm.platforms import current_platform
 
-    platform = type(current_platform)
+    platform: Any = type(current_platform)
     original = platform.get_attn_backend_cls
     if hasattr(original, "sparsek_original"):
         return

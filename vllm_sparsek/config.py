@@ -87,8 +87,8 @@ class SparseKConfig:
             raise _error("scorer", self.scorer, f"known are auto, {', '.join(SCORERS)}",
                          nearest(self.scorer, SCORERS))  # fmt: skip
         if self.scorer_path is not None and self.scorer not in ("auto", "learned"):
-            raise _error("scorer_path", self.scorer_path,
-                         f"scorer={self.scorer!r} reads no file: set scorer to learned or auto")  # fmt: skip
+            why = f"scorer={self.scorer!r} reads no file: set scorer to learned or auto"
+            raise _error("scorer_path", self.scorer_path, why)
         if self.scorer == "learned" and self.scorer_path is None:
             raise _error("scorer", "learned", "it needs scorer_path, a safetensors file")
 

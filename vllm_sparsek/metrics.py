@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from vllm.config import VllmConfig
@@ -97,8 +97,7 @@ class _Collector:
 
         labels = ["engine", "model_name"]
         counters = [
-            CounterMetricFamily(f"sparsek:{name}", text, labels=labels)
-            for name, text in COUNTERS
+            CounterMetricFamily(f"sparsek:{name}", text, labels=labels) for name, text in COUNTERS
         ]
         density = GaugeMetricFamily(
             "sparsek:density", "Share of the context read since the start.", labels=labels
@@ -120,7 +119,7 @@ class _Collector:
 class SparseKStatLogger(StatLoggerBase):
     """``vllm.stat_logger_plugins``: exports the counters; does nothing for other backends."""
 
-    _collectors: dict[str, _Collector] = {}
+    _collectors: ClassVar[dict[str, _Collector]] = {}
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         if not _is_sparsek(vllm_config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+
 from vllm_sparsek.serving_bench.report import files, html, plot, table
 from vllm_sparsek.serving_bench.results import Results
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
+
 from vllm_sparsek.serving_bench.results import COLUMNS, Results
 
 

@@ -8,6 +8,7 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
 from vllm_sparsek.serving_bench.results import Results
 
 # Okabe and Ito's colours, told apart by the colour-blind

@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
 from vllm_sparsek.serving_bench.results import COLUMNS, Column, Results
 
 # " | " between columns

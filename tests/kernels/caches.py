@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.select import reference as select_reference
 

@@ -10,6 +10,7 @@ import sys
 
 import torch
 from caches import NAN, build, chosen, items_of, paged_view
+
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.decode import reference as decode_reference

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from caches import build, chosen, items_of
+
 from vllm_sparsek.kernels.common import dispatch
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from interpreter import interpreting
+
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode.reference import visible_positions
 
 with interpreting():
     import triton
     import triton.language as tl
+
     from vllm_sparsek.kernels.common.device import (
         BUDGET_SCALARS,
         budget_arguments,

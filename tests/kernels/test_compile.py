@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from interpreter import VARIABLE
+
 from vllm_sparsek.kernels.common.compile_targets import SHARED_LIMIT, compile_cases
 
 MODULE = "vllm_sparsek.kernels.common.compile_targets"

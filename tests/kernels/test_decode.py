@@ -6,6 +6,7 @@ import pytest
 import torch
 from caches import EPS, NAN, assert_within_twice, build, chosen, eager_one, items_of
 from interpreter import BF16
+
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api, reference
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from caches import EPS, NAN, assert_within_twice, build, chosen, eager_one, items_of
 from interpreter import BF16, BITWISE
+
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api, reference

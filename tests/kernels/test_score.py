@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from caches import NAN, build, paged_view, slots
+
 from vllm_sparsek.kernels.score import api, reference
 
 

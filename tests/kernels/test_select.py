@@ -7,6 +7,7 @@ import torch
 from caches import NAN, build, chosen, items_of, paged_view
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.select import api, reference
 

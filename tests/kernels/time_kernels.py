@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
+
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api

@@ -147,20 +147,19 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         scores, anchors = self.score_cache.views()
         tokens = m.num_actual_tokens
         assert self.scorer is not None
-        self.scorer.write(
-            ScoreBatch(
-                key[:tokens],
-                value[:tokens],
-                m.positions,
-                m.slot_mapping,
-                kv_cache,
-                m.block_table,
-                m.query_start_loc,
-                m.seq_lens,
-                scores,
-                anchors,
-            )  # fmt: skip
+        batch = ScoreBatch(
+            key=key[:tokens],
+            value=value[:tokens],
+            positions=m.positions,
+            slot_mapping=m.slot_mapping,
+            kv_cache=kv_cache,
+            block_table=m.block_table,
+            query_start_loc=m.query_start_loc,
+            seq_lens=m.seq_lens,
+            scores=scores,
+            anchors=anchors,
         )
+        self.scorer.write(batch)
 
     def _decode(
         self, query: torch.Tensor, kv_cache: torch.Tensor, m: SparseKMetadata, output: torch.Tensor

@@ -58,8 +58,7 @@ def refuse_unsupported_layer(layer: Any, device_type: str) -> None:
     if layer.use_kv_connector:
         _refuse("KV connectors", f"drop --kv-transfer-config, {WITHOUT}")
     if layer.use_pcp or layer.use_dcp:
-        _refuse("context parallelism",
-                f"set the context parallel sizes to 1 (tensor parallelism works), {WITHOUT}")  # fmt: skip
+        _refuse("context parallelism", f"set the context parallel sizes to 1, {WITHOUT}")
     if layer.use_batch_invariant:
         _refuse("VLLM_BATCH_INVARIANT", f"unset it, {WITHOUT}")
     if layer.head_size not in HEAD_SIZES:

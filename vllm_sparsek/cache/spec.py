@@ -36,7 +36,8 @@ class PromptCachedSpec(SparseKSpec):
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
         """Merge the specs of a group's layers."""
-        return replace_as(FullAttentionSpec.merge.__func__(FullAttentionSpec, specs), cls,
+        merge: Any = FullAttentionSpec.merge
+        return replace_as(merge.__func__(FullAttentionSpec, specs), cls,
                           dense_tokens=specs[0].dense_tokens)  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import struct
 
 import triton
 import triton.language as tl
+
 from vllm_sparsek.kernels.common.budget import Budget
 
 # scalars that differ between models or layers: never worth a second compilation

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.gather import kv_rows
 

@@ -6,6 +6,7 @@ Decode and prefill share this meaning; prefill's reference calls it item by item
 from __future__ import annotations
 
 import torch
+
 from vllm_sparsek.kernels.common.budget import Budget
 
 

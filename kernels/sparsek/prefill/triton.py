@@ -7,6 +7,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.dispatch import (
     check_shape,

@@ -7,6 +7,7 @@ one prefill chunk that fall into one refresh block.
 from __future__ import annotations
 
 import torch
+
 from vllm_sparsek.kernels.common.budget import Budget
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,
