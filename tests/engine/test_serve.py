@@ -140,28 +140,35 @@ def test_metrics_are_exported_from_the_start(before):
     assert before["sparsek:tokens_attended_total"][1] == before["sparsek:context_tokens_total"][1]
 
 
+COUNTERS = (
+    "tokens_attended", "context_tokens", "decode_tokens_attended", "decode_context_tokens",
+    "dense_steps", "steps",
+)  # fmt: skip
+
+
 def test_metrics_carry_vllms_labels(after):
-    assert set(after) == {
-        "sparsek:tokens_attended_total", "sparsek:context_tokens_total",
-        "sparsek:dense_steps_total", "sparsek:steps_total", "sparsek:density",
-    }  # fmt: skip
+    assert set(after) == {f"sparsek:{name}_total" for name in COUNTERS} | {"sparsek:density"}
     for labels, _ in after.values():
         assert labels == {"engine": "0", "model_name": MODEL_NAME}
 
 
 def test_counters_are_those_of_dense_prefill_and_sparse_decode(answer, before, after):
-    attended, context, dense, steps = (
-        after[name][1] - before.get(name, (None, 0))[1]
-        for name in ("sparsek:tokens_attended_total", "sparsek:context_tokens_total",
-                     "sparsek:dense_steps_total", "sparsek:steps_total")
-    )  # fmt: skip
+    counted = {
+        name: after[f"sparsek:{name}_total"][1] - before[f"sparsek:{name}_total"][1]
+        for name in COUNTERS
+    }
     prompt = answer.usage.prompt_tokens
-    # one step for the prompt and the first token, then one a token
-    assert (dense, steps) == (1, TOKENS)
+    in_prompt = prompt * (prompt + 1) // 2
     positions = range(prompt, prompt + TOKENS - 1)
-    assert context == prompt * (prompt + 1) // 2 + sum(p + 1 for p in positions)
-    read = [64 + 4 + 32 + p % 16 for p in positions]
-    assert attended == prompt * (prompt + 1) // 2 + sum(read)
+    context = sum(p + 1 for p in positions)
+    # k, sinks, window, and the window grows until the next selection
+    read = sum(64 + 4 + 32 + p % 16 for p in positions)
+    assert counted == {
+        "tokens_attended": in_prompt + read, "context_tokens": in_prompt + context,
+        "decode_tokens_attended": read, "decode_context_tokens": context,
+        # one step for the prompt and the first token, then one a token
+        "dense_steps": 1, "steps": TOKENS,
+    }  # fmt: skip
 
 
 def test_density_is_the_share_read_since_the_start(after):
