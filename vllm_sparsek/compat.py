@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import importlib
 import logging
 import sys
 from contextvars import ContextVar
@@ -314,22 +315,28 @@ def hook_kv_cache_groups(spec_class: type) -> None:
     Args:
         spec_class: the spec of SparseK layers and score caches.
     """
-    from vllm.v1.core import kv_cache_utils
-
-    original = kv_cache_utils.get_kv_cache_groups
+    try:
+        # 0.33: every grouping goes through one function, whichever builder makes it
+        planning: Any = importlib.import_module("vllm.v1.core.kv_cache_planning")
+        name = "get_kv_cache_groups_from_builder"
+    except ModuleNotFoundError:
+        planning = importlib.import_module("vllm.v1.core.kv_cache_utils")
+        name = "get_kv_cache_groups"
+    original = getattr(planning, name)
     if hasattr(original, "sparsek_original"):
         return
 
     @functools.wraps(original)
-    def get_kv_cache_groups(vllm_config: VllmConfig, kv_cache_spec: dict[str, Any]) -> Any:
+    def group_layers(*args: Any) -> Any:
+        kv_cache_spec: dict[str, Any] = args[-1]
         ours = {n: spec for n, spec in kv_cache_spec.items() if isinstance(spec, spec_class)}
         if ours and len(ours) < len(kv_cache_spec):
-            kv_cache_utils.unify_hybrid_kv_cache_specs(kv_cache_spec)
+            planning.unify_hybrid_kv_cache_specs(kv_cache_spec)
             # a group's manager follows its first layer, and ours knows what may be prefix-cached
             ordered = {**ours, **kv_cache_spec}
             kv_cache_spec.clear()
             kv_cache_spec.update(ordered)
-        groups = original(vllm_config, kv_cache_spec)
+        groups = original(*args)
         if ours and len(groups) > 1:
             raise RuntimeError(
                 "sparsek: vLLM split the layers of this model into several KV cache groups, "
@@ -337,8 +344,8 @@ def hook_kv_cache_groups(spec_class: type) -> None:
             )
         return groups
 
-    get_kv_cache_groups.sparsek_original = original  # type: ignore[attr-defined]
-    kv_cache_utils.get_kv_cache_groups = get_kv_cache_groups
+    group_layers.sparsek_original = original  # type: ignore[attr-defined]
+    setattr(planning, name, group_layers)
 
 
 def max_decode_rows(vllm_config: VllmConfig) -> int:
