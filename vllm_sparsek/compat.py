@@ -96,11 +96,14 @@ def _restore_member(name: str) -> Any:
 
 
 def hook_platform() -> None:
-    """Let this platform's selector honour SPARSEK.
+    """Let this platform's selector honour SPARSEK, and check its settings early.
 
     CPU: vLLM 0.32-0.33 returns CPU_ATTN whatever was asked for, without checks. CUDA: a layer
     with a sliding window would be refused; it is left to the platform's own choice. Ends when
     the CPU selector honours registered backends and a backend can decline a layer.
+
+    Settings are checked where vLLM finishes its configuration: an error there ends the command
+    at once, one raised by a worker ends it after half a minute and three tracebacks.
     """
     from vllm.platforms import current_platform
 
@@ -128,6 +131,22 @@ def hook_platform() -> None:
 
     get_attn_backend_cls.sparsek_original = original  # type: ignore[attr-defined]
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    check = platform.check_and_update_config
+
+    @functools.wraps(check.__func__)
+    def check_and_update_config(cls: Any, vllm_config: VllmConfig) -> None:
+        check(vllm_config)
+        backend = vllm_config.attention_config.backend
+        if backend is None or backend.name != NAME or vllm_config.model_config is None:
+            return
+        require_supported_vllm()
+        from vllm_sparsek.attention.settings import resolve_settings
+        from vllm_sparsek.attention.support import refuse_unsupported_config
+
+        resolve_settings(vllm_config)
+        refuse_unsupported_config(vllm_config)
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def _all_layers_slide() -> bool:

@@ -87,12 +87,15 @@ def test_what_is_supported_passes(head_size, dtype):
 def configuration(**changes):
     """The part of a VllmConfig that is looked at."""
     values = {"speculative_config": None, "kv_transfer_config": None, "enable_dbo": False,
-              "is_hybrid": False}  # fmt: skip
+              "is_hybrid": False, "decode_context_parallel_size": 1,
+              "prefill_context_parallel_size": 1}  # fmt: skip
     values |= changes
     return SimpleNamespace(
         speculative_config=values["speculative_config"],
         kv_transfer_config=values["kv_transfer_config"],
-        parallel_config=SimpleNamespace(enable_dbo=values["enable_dbo"]),
+        parallel_config=SimpleNamespace(
+            **{key: values[key] for key in values if key.endswith(("dbo", "parallel_size"))}
+        ),
         model_config=SimpleNamespace(is_hybrid=values["is_hybrid"]),
     )
 
@@ -119,6 +122,12 @@ IMPLEMENTATIONS = {
         {"kv_transfer_config": object()}, "KV connectors", "drop --kv-transfer-config",
     ),
     "dual batch overlap": ({"enable_dbo": True}, "dual batch overlap", "drop --enable-dbo"),
+    "decode context parallelism": (
+        {"decode_context_parallel_size": 2}, "context parallelism", "sizes to 1",
+    ),
+    "prefill context parallelism": (
+        {"prefill_context_parallel_size": 2}, "context parallelism", "sizes to 1",
+    ),
     "state-space layers": ({"is_hybrid": True}, "state-space layers", WITHOUT),
 }  # fmt: skip
 
@@ -235,3 +244,5 @@ def test_the_command_line_ends_with_the_message(case, vllm_command, tmp_path):
     assert done.returncode != 0
     assert message in out, out[-6000:]
     assert "Avg latency" not in out
+    # what the configuration tells is refused before there is an engine process
+    assert ("(EngineCore" in out) == (case == "fp8 cache")

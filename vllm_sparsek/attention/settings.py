@@ -14,12 +14,21 @@ logger = init_logger("vllm.sparsek")
 _current: dict[str, tuple[SparseKConfig, int]] = {}
 
 
+def resolve_settings(vllm_config: VllmConfig) -> SparseKConfig:
+    """Merge the settings from all sources.
+
+    Raises:
+        SparseKConfigError: a setting that cannot be used.
+    """
+    checkpoint, direct, folder = compat.sparsek_settings(vllm_config)
+    return SparseKConfig.resolve(checkpoint, direct, checkpoint_dir=folder)
+
+
 def settings_of(vllm_config: VllmConfig) -> SparseKConfig:
-    """Resolve the settings from all sources; logs what was chosen, once."""
+    """The settings in use; logs what was chosen, once."""
     key = vllm_config.instance_id
     if key not in _current:
-        checkpoint, direct, folder = compat.sparsek_settings(vllm_config)
-        config = SparseKConfig.resolve(checkpoint, direct, checkpoint_dir=folder)
+        config = resolve_settings(vllm_config)
         _current.clear()
         _current[key] = config, vllm_config.model_config.max_model_len
         logger.info("sparsek: %s", config)

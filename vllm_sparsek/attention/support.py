@@ -94,6 +94,15 @@ def refuse_unsupported_impl(
     given = [name for name, value in extra.items() if value is not None]
     if given:
         _refuse(f"attention with {', '.join(given)}", "serve without --attention-backend sparsek")
+    refuse_unsupported_config(vllm_config)
+
+
+def refuse_unsupported_config(vllm_config: VllmConfig) -> None:
+    """Check what the configuration alone tells, before a model or an engine process exists.
+
+    Raises:
+        UnsupportedError: names the feature and what to do.
+    """
     if vllm_config.speculative_config is not None:
         _refuse("speculative decoding", f"drop --speculative-config, {WITHOUT}")
     if vllm_config.kv_transfer_config is not None:
@@ -103,3 +112,6 @@ def refuse_unsupported_impl(
                 "serve without --attention-backend sparsek")  # fmt: skip
     if vllm_config.parallel_config.enable_dbo:
         _refuse("dual batch overlap", f"drop --enable-dbo, {WITHOUT}")
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        _refuse("context parallelism", f"set the context parallel sizes to 1, {WITHOUT}")
