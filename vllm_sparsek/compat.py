@@ -260,7 +260,7 @@ def layer_index(layer_name: str) -> int:
 
 
 def dense_impl_class(device_type: str) -> type:
-    """vLLM's own dense attention on CUDA, ours on the CPU, over the same cache layout."""
+    """vLLM's own dense attention, on the CPU with a step that packs our cache layout for it."""
     if device_type == "cuda":
         from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
@@ -279,6 +279,13 @@ def dense_builder_class(device_type: str) -> type:
     from vllm_sparsek.attention.dense_cpu import CpuDenseBuilder
 
     return CpuDenseBuilder
+
+
+def cpu_kernel_isa(dtype: torch.dtype, page: int, head_size: int) -> str:
+    """Instruction set that vLLM's CPU attention kernel uses for a cache of this shape."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    return _get_attn_isa(dtype, page, head_size, "auto")
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:

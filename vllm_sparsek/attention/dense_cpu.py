@@ -1,7 +1,8 @@
-"""Plain causal attention on the CPU, over the cache layout that the sparse path reads.
+"""Plain causal attention on the CPU: vLLM's own kernel, over the cache layout we read sparsely.
 
-vLLM's own CPU kernel packs keys for its instruction set, in which single tokens cannot be
-gathered; torch's attention kernel reads ours.
+vLLM's CPU cache packs keys for an instruction set, in which single tokens cannot be gathered.
+Ours does not; a row's context is packed into scratch before vLLM's kernel reads it, which costs
+little beside attention itself.
 """
 
 from __future__ import annotations
@@ -10,28 +11,65 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
+from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_sparsek import compat
 from vllm_sparsek.kernels.common.gather import gather_context, kv_rows
 
-# queries per attention call when part of the context is already cached: bounds the mask
-CHUNK = 512
+# tokens per block of the scratch cache: what every instruction set of the kernel takes
+SCRATCH_PAGE = 32
+
+
+@dataclass
+class CpuDenseRow:
+    """One row to attend.
+
+    Attributes:
+        row: row of the block table; first: index of its first query; queries, length: numbers
+            of queries and of context tokens.
+        query_start_loc: [2] int32; seq_lens: [1] int32; schedule: the kernel's own plan.
+    """
+
+    row: int
+    first: int
+    queries: int
+    length: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    schedule: torch.Tensor
 
 
 @dataclass
 class CpuDenseMetadata:
-    """Rows to attend: (row, index of the first query, queries, context length)."""
+    """The rows of one step, the block table they read, and the kernel's instruction set."""
 
-    rows: list[tuple[int, int, int, int]]
+    rows: list[CpuDenseRow]
     block_table: torch.Tensor
+    isa: str
 
 
 class CpuDenseBuilder:
     """Builds CpuDenseMetadata."""
 
-    def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
-        pass
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        num_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
+        assert num_heads is not None
+        self.num_heads = num_heads
+        self.num_kv_heads = kv_cache_spec.num_kv_heads
+        self.head_size = kv_cache_spec.head_size
+        self.dtype = kv_cache_spec.dtype
+        self.isa = compat.cpu_kernel_isa(self.dtype, SCRATCH_PAGE, self.head_size)
 
     def build(
         self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False
@@ -41,11 +79,29 @@ class CpuDenseBuilder:
         assert common.seq_lens_cpu_upper_bound is not None
         lengths = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
         rows = [
-            (row, starts[row], starts[row + 1] - starts[row], length)
+            self._row(row, starts[row], starts[row + 1] - starts[row], length)
             for row, length in enumerate(lengths)
             if length > 0 and starts[row + 1] > starts[row]
         ]
-        return CpuDenseMetadata(rows, common.block_table_tensor)
+        return CpuDenseMetadata(rows, common.block_table_tensor, self.isa)
+
+    def _row(self, row: int, first: int, queries: int, length: int) -> CpuDenseRow:
+        query_start_loc = torch.tensor([0, queries], dtype=torch.int32)
+        seq_lens = torch.tensor([length], dtype=torch.int32)
+        schedule = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=1,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            seq_lens=seq_lens,
+            dtype=self.dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        )
+        return CpuDenseRow(row, first, queries, length, query_start_loc, seq_lens, schedule)
 
 
 class CpuDenseImpl:
@@ -55,7 +111,6 @@ class CpuDenseImpl:
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, *_: Any, **__: Any
     ) -> None:
         self.scale = scale
-        self.num_kv_heads = num_kv_heads
         self.head_size = head_size
 
     def do_kv_cache_update(
@@ -87,29 +142,35 @@ class CpuDenseImpl:
         output: torch.Tensor,
     ) -> torch.Tensor:
         """query [T, Hq, D], kv_cache [num_blocks, H, page, 2 * D] -> output [T, Hq, D]."""
-        heads = kv_cache.shape[1]
-        for row, first, count, length in attn_metadata.rows:
-            k, v = gather_context(kv_cache, attn_metadata.block_table[row], length)
-            k, v = k[:, None], v[:, None]
-            q = query[first : first + count].view(count, heads, -1, self.head_size)
-            q = q.permute(1, 2, 0, 3)  # [H, G, T, D]
-            group = q.shape[1]
-            if count == 1:
-                o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=self.scale)
-                output[first] = o.reshape(-1, self.head_size)
-                continue
-            k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
-            if count == length:
-                o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-                output[first : first + count] = o.permute(2, 0, 1, 3).flatten(1, 2)
-                continue
-            for low in range(0, count, CHUNK):
-                high = min(low + CHUNK, count)
-                seen = length - count + high
-                causal = torch.arange(seen) <= torch.arange(seen - (high - low), seen)[:, None]
-                o = F.scaled_dot_product_attention(
-                    q[:, :, low:high], k[:, :, :seen], v[:, :, :seen],
-                    attn_mask=causal, scale=self.scale,
-                )  # fmt: skip
-                output[first + low : first + high] = o.permute(2, 0, 1, 3).flatten(1, 2)
+        m = attn_metadata
+        for row in m.rows:
+            cached_key, cached_value = gather_context(kv_cache, m.block_table[row.row], row.length)
+            blocks = -(-row.length // SCRATCH_PAGE)
+            scratch = kv_cache.new_empty(
+                (blocks, kv_cache.shape[1], 2 * SCRATCH_PAGE, self.head_size)
+            )
+            # the kernel multiplies what lies behind the context by zero: it must be a number
+            scratch[-1].zero_()
+            packed_key, packed_value = scratch.chunk(2, dim=2)
+            ops.cpu_attn_reshape_and_cache(
+                cached_key.transpose(0, 1), cached_value.transpose(0, 1), packed_key,
+                packed_value, torch.arange(row.length), m.isa,
+            )  # fmt: skip
+            part = slice(row.first, row.first + row.queries)
+            ops.cpu_attention_with_kv_cache(
+                query=query[part],
+                key_cache=packed_key,
+                value_cache=packed_value,
+                output=output[part],
+                query_start_loc=row.query_start_loc,
+                seq_lens=row.seq_lens,
+                scale=self.scale,
+                causal=True,
+                alibi_slopes=None,
+                sliding_window=-1,
+                block_table=torch.arange(blocks, dtype=torch.int32)[None],
+                softcap=0,
+                scheduler_metadata=row.schedule,
+                s_aux=None,
+            )
         return output
