@@ -6,13 +6,7 @@ import os
 import subprocess
 import sys
 
-# a machine without a GPU: small cache, no thread pinning (other engines may run beside)
-CPU_ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+from vllm_sparsek.serving_bench.demo.cli import CPU_ENV
 
 
 def engine_env(**more: str) -> dict[str, str]:

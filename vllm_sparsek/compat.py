@@ -136,8 +136,7 @@ def hook_platform() -> None:
     @functools.wraps(check.__func__)
     def check_and_update_config(cls: Any, vllm_config: VllmConfig) -> None:
         check(vllm_config)
-        backend = vllm_config.attention_config.backend
-        if backend is None or backend.name != NAME or vllm_config.model_config is None:
+        if not is_selected(vllm_config) or vllm_config.model_config is None:
             return
         require_supported_vllm()
         from vllm_sparsek.attention.settings import resolve_settings
@@ -147,6 +146,12 @@ def hook_platform() -> None:
         refuse_unsupported_config(vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def is_selected(vllm_config: VllmConfig) -> bool:
+    """Whether this instance was asked to use SPARSEK."""
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == NAME
 
 
 def _all_layers_slide() -> bool:

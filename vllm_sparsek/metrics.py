@@ -21,6 +21,8 @@ import numpy as np
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from vllm_sparsek import compat
+
 # name after "sparsek:" and help text of every counter, in the file's order
 COUNTERS = (
     ("tokens_attended", "Context tokens read, summed over queries, mean over layers."),
@@ -32,11 +34,6 @@ COUNTERS = (
 )
 _FORMAT = struct.Struct(f"{len(COUNTERS)}q")
 _ZEROS = (0,) * len(COUNTERS)
-
-
-def _is_sparsek(vllm_config: VllmConfig) -> bool:
-    backend = vllm_config.attention_config.backend
-    return backend is not None and backend.name == "SPARSEK"
 
 
 def _path(vllm_config: VllmConfig, engine: int) -> Path:
@@ -122,7 +119,7 @@ class SparseKStatLogger(StatLoggerBase):
     _collectors: ClassVar[dict[str, _Collector]] = {}
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
-        if not _is_sparsek(vllm_config):
+        if not compat.is_selected(vllm_config):
             return
         from prometheus_client import REGISTRY
 

@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
-from vllm_sparsek.kernels.decode.cpu import attend_rows, kept_gates, kept_rows, window_rows
+from vllm_sparsek.kernels.common.gather import (
+    cache_rows,
+    kept_gates,
+    kept_positions,
+    window_positions,
+)
+from vllm_sparsek.kernels.decode.cpu import attend_rows
 from vllm_sparsek.kernels.select import api as select_api
 
 
@@ -72,12 +78,11 @@ class CpuDecoder:
             kept, gates = found
             window = windows.get(row.row)
             if window is None:
-                window = window_rows(kv_cache, block_table[row.row], row.position, self.budget)
+                position = window_positions(
+                    kv_cache.shape[1], row.position, row.position, self.budget
+                )
+                window = cache_rows(kv_cache, block_table[row.row], position)
                 windows[row.row] = window
-            if gates is not None:
-                sinks = min(self.budget.first_unit() * self.budget.unit, row.position + 1)
-                gates = kept_gates(gates, kept.shape[1] - sinks, sinks, window.shape[1],
-                                   self.budget.unit)  # fmt: skip
             index = torch.cat([kept, window], dim=1)
             output[row.row] = attend_rows(query[row.row], kv_cache, index, gates, self.scale)
         self._kept = used
@@ -98,5 +103,6 @@ class CpuDecoder:
             torch.tensor([row.position], dtype=torch.int32), self.budget, self.pooling,
             self.soft, units, gates,
         )  # fmt: skip
-        kept = kept_rows(kv_cache, block_table[row.row], units[0], row.position, self.budget)
-        return kept, None if gates is None else gates[0]
+        kept = kept_positions(units[0], row.position, row.position, self.budget)
+        rows = cache_rows(kv_cache, block_table[row.row], kept)
+        return rows, None if gates is None else kept_gates(gates[0], kept.shape[1], self.budget)

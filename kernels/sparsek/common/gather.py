@@ -52,45 +52,75 @@ def gather_context(
     return key, value
 
 
-def gather_visible(
-    kv_cache: torch.Tensor,
-    blocks: torch.Tensor,
-    first_position: int,
-    last_position: int,
-    units: torch.Tensor,
-    gates: torch.Tensor | None,
-    budget: Budget,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values that queries first..last of one refresh block read.
+def kept_positions(units: torch.Tensor, position: int, last: int, budget: Budget) -> torch.Tensor:
+    """Positions of the sinks and the kept units that queries ``position``..``last`` read.
 
     Args:
-        kv_cache: [num_blocks, H, page, 2 * D]; blocks: [max_blocks] int32.
-        first_position, last_position: query positions inside one refresh block.
-        units: [H, K] kept units padded with -1; gates: [H, K] value weights or None.
+        units: [H, K] kept units padded with -1.
+        position, last: query positions inside one refresh block.
         budget: the budget.
 
     Returns:
-        key [H, m, D], value [H, m, D] (already weighted by the gates) and position [H, m].
+        [H, sinks + kept] int64.
     """
-    heads, page, width = kv_cache.shape[1:]
-    start = budget.selection_position(first_position)
-    first, end = budget.first_unit(), budget.end_unit(start)
-    kept = max(0, min(budget.units_kept(start), end - first))
-    sinks = torch.arange(min(first * budget.unit, last_position + 1)).expand(heads, -1)
+    heads = units.shape[0]
+    first = budget.first_unit()
+    start = budget.selection_position(position)
+    kept = max(0, min(budget.units_kept(start), budget.end_unit(start) - first))
     chosen = units[:, :kept].long()
     if budget.unit > 1:
         chosen = (chosen[..., None] * budget.unit + torch.arange(budget.unit)).flatten(1)
-    window_start = min(end * budget.unit, last_position + 1)
-    window = torch.arange(window_start, last_position + 1).expand(heads, -1)
-    position = torch.cat([sinks, chosen, window], dim=1)  # [H, m]
-    rows, step = kv_rows(kv_cache)
+    sinks = torch.arange(min(first * budget.unit, last + 1)).expand(heads, -1)
+    return torch.cat([sinks, chosen], dim=1)
+
+
+def kept_gates(gates: torch.Tensor, kept: int, budget: Budget) -> torch.Tensor:
+    """Value weights of the ``kept`` positions of ``kept_positions``: 1 for the sinks.
+
+    Args:
+        gates: [H, K] weights of the kept units; kept: sinks + kept tokens; budget: the budget.
+
+    Returns:
+        [H, kept] float32.
+    """
+    sinks = min(budget.first_unit() * budget.unit, kept)
+    chosen = gates.repeat_interleave(budget.unit, dim=1)[:, : kept - sinks]
+    return torch.cat([torch.ones(gates.shape[0], sinks), chosen], dim=1)
+
+
+def window_positions(heads: int, position: int, last: int, budget: Budget) -> torch.Tensor:
+    """Positions of the window of queries ``position``..``last``: [H, window] int64."""
+    end = budget.end_unit(budget.selection_position(position)) * budget.unit
+    return torch.arange(min(end, last + 1), last + 1).expand(heads, -1)
+
+
+def cache_rows(
+    kv_cache: torch.Tensor, blocks: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """Rows of ``kv_rows`` of one request's tokens: positions [H, m] -> [H, m] int64."""
+    heads, page, _ = kv_cache.shape[1:]
+    _, step = kv_rows(kv_cache)
     index = blocks[position // page].long() * step + position % page
-    index += torch.arange(heads)[:, None] * page
-    found = rows.index_select(0, index.flatten()).view(heads, -1, width)
+    return index + torch.arange(heads)[:, None] * page
+
+
+def gather_rows(
+    kv_cache: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of cache rows.
+
+    Args:
+        kv_cache: [num_blocks, H, page, 2 * D]; rows: [H, m] rows of ``kv_rows(kv_cache)``.
+        gates: [H, g] value weights of the first g rows, or None; the others weigh 1.
+
+    Returns:
+        key, value: [H, m, D].
+    """
+    heads, width = rows.shape[0], kv_cache.shape[3]
+    table, _ = kv_rows(kv_cache)
+    found = table.index_select(0, rows.flatten()).view(heads, -1, width)
     key, value = found.split(width // 2, dim=-1)
     if gates is not None:
-        gate = gates[:, :kept].repeat_interleave(budget.unit, dim=1)
-        weight = torch.ones(heads, position.shape[1])
-        weight[:, sinks.shape[1] : sinks.shape[1] + gate.shape[1]] = gate
-        value = (value.float() * weight[..., None]).to(value.dtype)
-    return key, value, position
+        weighted = value[:, : gates.shape[1]].float() * gates[..., None]
+        value = torch.cat([weighted.to(value.dtype), value[:, gates.shape[1] :]], dim=1)
+    return key, value

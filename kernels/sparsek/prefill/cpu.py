@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from vllm_sparsek.kernels.common.budget import Budget
-from vllm_sparsek.kernels.common.gather import gather_visible
+from vllm_sparsek.kernels.common.gather import (
+    cache_rows,
+    gather_rows,
+    kept_gates,
+    kept_positions,
+    window_positions,
+)
 
 
 def prefill(
@@ -33,10 +39,14 @@ def prefill(
     ):  # fmt: skip
         if row < 0:
             continue
-        key, value, position = gather_visible(
-            kv_cache, block_table[row], first, first + length - 1, units[item],
-            None if gates is None else gates[item], budget,
-        )  # fmt: skip
+        last = first + length - 1
+        kept = kept_positions(units[item], first, last, budget)
+        position = torch.cat([kept, window_positions(heads, first, last, budget)], dim=1)
+        key, value = gather_rows(
+            kv_cache,
+            cache_rows(kv_cache, block_table[row], position),
+            None if gates is None else kept_gates(gates[item], kept.shape[1], budget),
+        )
         q = query[start : start + length].view(length, heads, -1, head_dim).permute(1, 2, 0, 3)
         mask = None
         if length > 1:
