@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import run_many
 
-from vllm_sparsek.scorers.learned import FORMAT
+from vllm_sparsek.scorers.scorer_file import FORMAT
 
 pytestmark = pytest.mark.engine
 

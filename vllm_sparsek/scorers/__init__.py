@@ -36,6 +36,7 @@ def make_scorer(
     head_dim: int,
     heads: slice,
     device: torch.device,
+    hidden_size: int = 0,
 ) -> Scorer:
     """The scorer of one layer.
 
@@ -46,12 +47,15 @@ def make_scorer(
         head_dim: D.
         heads: KV heads of this rank.
         device: device of the layer.
+        hidden_size: width of the model's hidden states, for scorers that read them.
     """
     name = config.scorer_name
     if name == "learned":
         from vllm_sparsek.scorers.learned import load_layer
 
         assert config.scorer_path is not None
-        return load_layer(config.scorer_path, layer, num_kv_heads, head_dim, heads, device)
+        return load_layer(
+            config.scorer_path, layer, num_kv_heads, head_dim, heads, device, hidden_size
+        )
     cls = scorer_class(name)
     return cls(seed=config.seed) if name == "random" else cls()  # type: ignore[call-arg]

@@ -22,6 +22,7 @@ class ScoreBatch:
         query_start_loc: [rows + 1] int32; seq_lens: [rows] int32.
         scores: [num_blocks, H, page] float32, to be written.
         anchors: [num_blocks, H, D] float32 or None, see ``Scorer.needs_anchor``.
+        hidden: [T, E] in the model's dtype or None, see ``Scorer.reads_hidden``.
     """
 
     key: torch.Tensor
@@ -34,6 +35,7 @@ class ScoreBatch:
     seq_lens: torch.Tensor
     scores: torch.Tensor
     anchors: torch.Tensor | None
+    hidden: torch.Tensor | None = None
 
 
 class Scorer(ABC):
@@ -47,6 +49,11 @@ class Scorer(ABC):
     trained: ClassVar[bool] = False
     # keeps a running sum of unit keys per page beside the scores
     needs_anchor: ClassVar[bool] = False
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether it reads what goes into the layer's query/key/value projection."""
+        return False
 
     @abstractmethod
     def score(

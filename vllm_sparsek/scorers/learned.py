@@ -1,63 +1,98 @@
-"""A scorer fitted to a model: linear or a small MLP on [k, v] of the token's KV head.
+"""A scorer fitted to a model: linear or a small MLP on features of one token.
 
-File format (safetensors), one set of tensors a layer, ``H`` KV heads, ``D`` head_dim:
-
-    layers.{i}.weight [H, 2 * D]   layers.{i}.bias [H]                          (linear)
-    layers.{i}.w1 [H, hidden, 2 * D]  .b1 [H, hidden]  .w2 [H, hidden]  .b2 [H]   (mlp)
-
-Metadata: ``format`` = ``sparsek-scorer-v1``, ``kind`` = ``linear`` or ``mlp``, ``input`` =
-``key_value`` (rotated keys, as a backend sees them), optional ``position_slope`` (added score
-per position).
+``scorer_file`` describes the file; KVzap (arXiv 2601.07891) published scorers of
+this kind on the hidden state.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from vllm_sparsek.scorers.base import Scorer
+from vllm_sparsek.scorers import features
+from vllm_sparsek.scorers.base import ScoreBatch, Scorer
+from vllm_sparsek.scorers.scorer_file import ScorerFileError, ScorerReader
 
-FORMAT = "sparsek-scorer-v1"
-
-
-class ScorerFileError(ValueError):
-    """A scorer file that does not fit; the message names the file and the tensor."""
+# elements of the widest intermediate tensor: tokens are scored in slices of this size
+SLICE_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class LearnedScorer(Scorer):
-    """One layer's scorer: ``w2 . relu(w1 [k, v] + b1) + b2``, or ``w . [k, v] + b`` without w1.
+    """One layer's scorer: ``w2 . act(w1 x + b1) + b2``, or ``w . x + b`` without w1.
+
+    A score is the same to the last bit however many tokens are scored with it: products and
+    row sums see one token at a time.
 
     Attributes:
-        weight: [H, 2 * D] (linear) or [H, hidden] (MLP) float32; bias: [H].
-        hidden_weight: [H, hidden, 2 * D] or None; hidden_bias: [H, hidden] or None; float64:
-            how a matrix product rounds depends on the number of tokens, and a score must not.
-        position_slope: score added per position.
+        weight: [H, W] (linear) or [H, m] (MLP) float32; bias: [H] float32.
+        hidden_weight: [H or 1, m, W] or None; hidden_bias: [H or 1, m] or None; float64: how
+            a matrix product rounds depends on the number of tokens, and a score must not.
+        activation: of the MLP, ``relu`` or ``gelu``.
+        slope: [H] float32 score added per position, or None.
+        inputs: features in order, see ``scorer_file``.
+        rope: rotation to undo, needed by ``key_unrotated``.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
     hidden_weight: torch.Tensor | None = None
     hidden_bias: torch.Tensor | None = None
-    position_slope: float = 0.0
+    activation: str = "relu"
+    slope: torch.Tensor | None = None
+    inputs: tuple[str, ...] = ("key", "value")
+    rope: features.Rope | None = None
     trained: ClassVar[bool] = True
 
+    @property
+    def reads_hidden(self) -> bool:
+        """See ``Scorer.reads_hidden``."""
+        return "hidden" in self.inputs
+
     def score(
-        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See ``Scorer.score``."""
-        x = torch.cat([key, value], dim=-1).float()  # [T, H, 2D]
-        if self.hidden_weight is not None and self.hidden_bias is not None:
-            x = torch.einsum("thd,hmd->thm", x.double(), self.hidden_weight) + self.hidden_bias
-            x = x.relu().float()
-        scores = (x * self.weight).sum(-1) + self.bias
-        if self.position_slope:
-            scores = scores + positions.float()[:, None] * self.position_slope
+        """See ``Scorer.score``; hidden: [T, E] in the model's dtype if ``reads_hidden``."""
+        width = self.weight.shape[1] if self.hidden_weight is None else self.hidden_weight.shape[2]
+        step = max(1, SLICE_ELEMENTS // (width * self.weight.shape[0]))
+        scores = key.new_empty((key.shape[0], self.weight.shape[0]), dtype=torch.float32)
+        for low in range(0, key.shape[0], step):
+            part = slice(low, low + step)
+            x = features.concatenate(
+                self.inputs, key[part], value[part], positions[part],
+                None if hidden is None else hidden[part], self.rope,
+            )  # fmt: skip
+            scores[part] = (self._activated(x) * self.weight).sum(-1) + self.bias
+        if self.slope is not None:
+            scores += positions.float()[:, None] * self.slope
         return scores
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, H or 1, W] -> [T, H or 1, m] float32, or x itself without a hidden layer."""
+        if self.hidden_weight is None or self.hidden_bias is None:
+            return x
+        heads = max(x.shape[1], self.hidden_weight.shape[0])
+        x = torch.einsum(
+            "thd,hmd->thm",
+            x.expand(-1, heads, -1).double(),
+            self.hidden_weight.expand(heads, -1, -1),
+        )
+        x = x + self.hidden_bias
+        x = x.relu() if self.activation == "relu" else torch.nn.functional.gelu(x)
+        return x.float()
+
+    def write(self, batch: ScoreBatch) -> None:
+        """See ``Scorer.write``."""
+        from vllm_sparsek.kernels.score import api
+
+        scores = self.score(batch.key, batch.value, batch.positions, batch.hidden)
+        api.write_scores(scores, batch.slot_mapping, batch.scores)
 
 
 def load_layer(
@@ -67,78 +102,52 @@ def load_layer(
     head_dim: int,
     heads: slice | None = None,
     device: torch.device | str = "cpu",
+    hidden_size: int = 0,
 ) -> LearnedScorer:
     """Read one layer's scorer.
 
     Args:
-        path: the safetensors file.
+        path: the scorer file.
         layer: layer index.
         num_kv_heads: KV heads of the whole model, before tensor parallelism.
         head_dim: D.
         heads: the KV heads of this rank; default all.
         device: where the tensors go.
+        hidden_size: E, needed by scorers that read ``hidden``.
 
     Raises:
         ScorerFileError: no such file, not a scorer file, a missing layer, a wrong shape, NaN.
     """
-    from safetensors import SafetensorError, safe_open
+    heads = slice(None) if heads is None else heads
+    with ScorerReader(path) as file:
+        header, h = file.header, num_kv_heads
 
-    if not Path(path).is_file():
-        raise ScorerFileError(f"sparsek: scorer_path {path}: no such file.")
-    try:
-        file = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ScorerFileError(f"sparsek: {path} is not a safetensors file: {error}") from None
-    with file:
-        meta = file.metadata() or {}
-        if meta.get("format") != FORMAT:
-            raise ScorerFileError(
-                f"sparsek: {path} is not a scorer file: metadata format is "
-                f"{meta.get('format')!r}, expected {FORMAT!r}."
-            )
-        if meta.get("input", "key_value") != "key_value":
-            raise ScorerFileError(
-                f"sparsek: {path} scores {meta['input']!r}; this version supports key_value."
-            )
-        kind, width = meta.get("kind", "linear"), 2 * head_dim
-        names = set(file.keys())
+        def tensor(name: str, *shape: int | None) -> torch.Tensor:
+            t = file.tensor(f"layers.{layer}.{name}", shape)
+            return (t[heads] if t.shape[0] == h else t).contiguous().to(device)
 
-        def tensor(name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
-            full = f"layers.{layer}.{name}"
-            if full not in names:
-                found = {re.match(r"layers\.(\d+)\.", n) for n in names}
-                layers = sorted(int(match[1]) for match in found if match)
-                known = f"layers {layers[0]}..{layers[-1]}" if layers else "no layers"
+        width = header.width(head_dim, hidden_size)
+        w1 = b1 = None
+        if header.kind == "linear":
+            weight, bias = tensor("weight", h, width), tensor("bias", h)
+        else:
+            # one hidden layer for all heads, or one for every head
+            own = 1 if file.shape(f"layers.{layer}.w1")[:1] == [1] else h
+            w1 = tensor("w1", own, None, width).double()
+            b1 = tensor("b1", own, w1.shape[1]).double()
+            weight, bias = tensor("w2", h, w1.shape[1]), tensor("b2", h)
+        slope = None
+        if f"layers.{layer}.slope" in file.names:
+            slope = tensor("slope", h) + header.position_slope
+        elif header.position_slope:
+            slope = torch.full_like(bias, header.position_slope)
+        rope = None
+        if header.rope is not None:
+            inv_freq = file.tensor("inv_freq", (None,)).to(device)
+            if 2 * inv_freq.shape[0] > head_dim:
                 raise ScorerFileError(
-                    f"sparsek: {path} has no tensor {full} (it has {known}): it was fitted "
-                    "to another model."
+                    f"sparsek: {path}: inv_freq has {inv_freq.shape[0]} entries, more than half "
+                    f"of head_dim {head_dim}: it was fitted to another model."
                 )
-            t = file.get_tensor(full).float()
-            if len(t.shape) != len(shape) or any(
-                want is not None and want != got for want, got in zip(shape, t.shape, strict=True)
-            ):
-                needs = ", ".join("any" if size is None else str(size) for size in shape)
-                raise ScorerFileError(
-                    f"sparsek: {path}: tensor {full} has shape {list(t.shape)}, the model "
-                    f"needs [{needs}]: it was fitted to another model."
-                )
-            if not torch.isfinite(t).all():
-                raise ScorerFileError(f"sparsek: {path}: tensor {full} holds NaN or infinity.")
-            return t[heads if heads is not None else slice(None)].contiguous().to(device)
-
-        try:
-            slope = float(meta.get("position_slope", 0.0))
-        except ValueError:
-            raise ScorerFileError(
-                f"sparsek: {path}: position_slope is {meta['position_slope']!r}, not a number."
-            ) from None
-        h = num_kv_heads
-        if kind == "linear":
-            return LearnedScorer(tensor("weight", (h, width)), tensor("bias", (h,)),
-                                 position_slope=slope)  # fmt: skip
-        if kind == "mlp":
-            w1 = tensor("w1", (h, None, width))
-            hidden = w1.shape[1]
-            return LearnedScorer(tensor("w2", (h, hidden)), tensor("b2", (h,)), w1.double(),
-                                 tensor("b1", (h, hidden)).double(), slope)  # fmt: skip
-        raise ScorerFileError(f"sparsek: {path}: unknown kind {kind!r}; known are linear, mlp.")
+            rope = features.Rope(inv_freq, header.rope == "gptj")
+    return LearnedScorer(weight, bias, w1, b1, header.activation, slope, header.features, rope)

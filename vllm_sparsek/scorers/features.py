@@ -1,0 +1,81 @@
+"""What a fitted scorer sees of a token: names of features to numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding, to be undone (Su et al., arXiv 2104.09864).
+
+    Attributes:
+        inv_freq: [rot / 2] float32, rotation per position of every pair.
+        interleaved: pairs are (2j, 2j + 1) (GPT-J), else (j, j + rot / 2) (GPT-NeoX).
+    """
+
+    inv_freq: torch.Tensor
+    interleaved: bool
+
+    def undo(self, key: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """R(-position) key; components beyond rot stay as they are.
+
+        The angles are formed in float32 as models form them; sine and cosine are taken in
+        float64 and rounded, which is the same however many positions there are.
+
+        Args:
+            key: [T, H, D] rotated; positions: [T].
+
+        Returns:
+            [T, H, D] float32.
+        """
+        angle = (positions.float()[:, None] * self.inv_freq).double()
+        cos, sin = (x.float()[:, None] for x in (angle.cos(), angle.sin()))  # [T, 1, rot / 2]
+        half = self.inv_freq.shape[0]
+        key = key.float()
+        turned, rest = key[..., : 2 * half], key[..., 2 * half :]
+        if self.interleaved:
+            a, b = turned[..., 0::2], turned[..., 1::2]
+        else:
+            a, b = turned[..., :half], turned[..., half:]
+        a, b = a * cos + b * sin, b * cos - a * sin
+        if self.interleaved:
+            turned = torch.stack([a, b], dim=-1).flatten(-2)
+        else:
+            turned = torch.cat([a, b], dim=-1)
+        return torch.cat([turned, rest], dim=-1)
+
+
+def concatenate(
+    names: tuple[str, ...],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    hidden: torch.Tensor | None,
+    rope: Rope | None,
+) -> torch.Tensor:
+    """The features of tokens, side by side.
+
+    Args:
+        names: from ``scorer_file.FEATURES``, in order.
+        key, value: [T, H, D]; positions: [T].
+        hidden: [T, E], needed by ``hidden``; rope: needed by ``key_unrotated``.
+
+    Returns:
+        [T, H, W] float32; [T, 1, W] if no feature depends on the KV head.
+    """
+    parts = []
+    for name in names:
+        if name == "hidden":
+            if hidden is None:
+                raise ValueError("this scorer reads hidden states, and none were given")
+            parts.append(hidden.float()[:, None])
+        elif name == "key_unrotated":
+            assert rope is not None
+            parts.append(rope.undo(key, positions))
+        else:
+            parts.append((key if name == "key" else value).float())
+    heads = max(part.shape[1] for part in parts)
+    return torch.cat([part.expand(-1, heads, -1) for part in parts], dim=-1)
