@@ -139,11 +139,12 @@ def hook_platform() -> None:
         if not is_selected(vllm_config) or vllm_config.model_config is None:
             return
         require_supported_vllm()
-        from vllm_sparsek.attention.settings import resolve_settings
+        from vllm_sparsek.attention.settings import check_scorer, resolve_settings
         from vllm_sparsek.attention.support import refuse_unsupported_config
 
-        resolve_settings(vllm_config)
+        config = resolve_settings(vllm_config)
         refuse_unsupported_config(vllm_config)
+        check_scorer(vllm_config, config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import run_many
 
+from vllm_sparsek.model_id import model_fingerprint
 from vllm_sparsek.scorers.scorer_file import FORMAT
 
 pytestmark = pytest.mark.engine
@@ -26,8 +27,9 @@ def shape(model_dir):
 
 
 @pytest.fixture(scope="module")
-def files(shape, tmp_path_factory):
-    """Scorer files: a random linear one, the same as an MLP, the position, one too wide."""
+def files(shape, model_dir, tmp_path_factory):
+    """Scorer files: a random linear one, the same as an MLP, the position, one too wide, one
+    of another model."""
     layers, heads, dim = shape
     folder = tmp_path_factory.mktemp("scorers")
     linear, mlp, position, wide = {}, {}, {}, {}
@@ -47,10 +49,11 @@ def files(shape, tmp_path_factory):
         wide |= {f"{at}.weight": torch.zeros(heads, 2 * dim + 2), f"{at}.bias": b}
     found = {}
     for name, kind, content, more in (
-        ("linear", "linear", linear, {}),
+        ("linear", "linear", linear, {"model": model_fingerprint(model_dir)}),
         ("mlp", "mlp", mlp, {}),
         ("position", "linear", position, {"position_slope": "1"}),
         ("wide", "linear", wide, {}),
+        ("stranger", "linear", linear, {"model": "0" * 64}),
     ):
         found[name] = str(folder / f"{name}.safetensors")
         meta = {"format": FORMAT, "kind": kind, "input": "key_value", **more}
@@ -83,6 +86,7 @@ def results(base_llm, prompts, files, checkpoint, tmp_path_factory):
         "position": {"scorer_path": files["position"]},
         "recency": {"scorer": "recency", "prefill": "sparse"},
         "wide": {"scorer_path": files["wide"]},
+        "stranger": {"scorer_path": files["stranger"]},
     }
     calls = [{"prompts": prompts[:3], "max_tokens": TOKENS}]
     specs = {
@@ -142,5 +146,15 @@ def test_a_scorer_of_another_model_ends_the_start_with_the_tensors_name(results,
     error = results["wide"]["error"]
     for word in (
         files["wide"], "layers.0.weight", f"[{heads}, {2 * dim + 2}]", f"[{heads}, {2 * dim}]",
+    ):  # fmt: skip
+        assert word in error
+
+
+def test_a_scorer_of_other_weights_of_the_same_shape_is_refused_with_a_remedy(
+    results, files, model_dir
+):
+    error = results["stranger"]["error"]
+    for word in (
+        files["stranger"], "0" * 64, model_dir, model_fingerprint(model_dir), "vllm-sparsek fit",
     ):  # fmt: skip
         assert word in error

@@ -7,7 +7,9 @@ from vllm.logger import init_logger
 
 from vllm_sparsek import compat
 from vllm_sparsek.config import SparseKConfig
+from vllm_sparsek.model_id import model_fingerprint
 from vllm_sparsek.scorers import scorer_class
+from vllm_sparsek.scorers.scorer_file import ScorerFileError, ScorerReader
 
 logger = init_logger("vllm.sparsek")
 
@@ -22,6 +24,34 @@ def resolve_settings(vllm_config: VllmConfig) -> SparseKConfig:
     """
     checkpoint, direct, folder = compat.sparsek_settings(vllm_config)
     return SparseKConfig.resolve(checkpoint, direct, checkpoint_dir=folder)
+
+
+def check_scorer(vllm_config: VllmConfig, config: SparseKConfig) -> None:
+    """Refuse a scorer file that was fitted to another model, before weights load.
+
+    Raises:
+        ScorerFileError: not a scorer file, or the fingerprint in it is another model's.
+    """
+    if config.scorer_name != "learned":
+        return
+    assert config.scorer_path is not None
+    with ScorerReader(config.scorer_path) as file:
+        fitted_to = file.header.model
+    if fitted_to is None:
+        return
+    model = vllm_config.model_config
+    served = model_fingerprint(model.model, model.revision)
+    if served is None:
+        logger.warning_once(
+            "sparsek: no safetensors weights of %s found to compare with the model that %s was "
+            "fitted to; only the shapes are checked.", model.model, config.scorer_path,
+        )  # fmt: skip
+    elif served != fitted_to:
+        raise ScorerFileError(
+            f"sparsek: scorer_path {config.scorer_path} was fitted to the model with fingerprint "
+            f"{fitted_to}; the weights of {model.model} have {served}. Fit a scorer to this "
+            f"model: vllm-sparsek fit {model.model}."
+        )
 
 
 def settings_of(vllm_config: VllmConfig) -> SparseKConfig:

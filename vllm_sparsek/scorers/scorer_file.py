@@ -161,7 +161,7 @@ class ScorerFile:
     extra: Mapping[str, str] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors by their names in the file, float32 and contiguous."""
+        """Copies of all tensors by their names in the file, float32 and contiguous."""
         found = {
             f"layers.{layer}.{name}": tensor
             for layer, tensors in self.layers.items()
@@ -171,7 +171,11 @@ class ScorerFile:
             found["inv_freq"] = self.inv_freq
         if self.layer_budgets is not None:
             found["layer_budgets"] = self.layer_budgets
-        return {name: t.detach().cpu().float().contiguous() for name, t in found.items()}
+        # safetensors refuses tensors that share memory
+        return {
+            name: t.detach().to("cpu", torch.float32, copy=True).contiguous()
+            for name, t in found.items()
+        }
 
     def metadata(self) -> dict[str, str]:
         """All metadata, as strings."""

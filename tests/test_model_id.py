@@ -1,0 +1,101 @@
+"""The fingerprint of a model: the same for copies, another for anything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_sparsek.model_id import model_fingerprint
+
+
+def weights(seed=0, rows=300):
+    return {
+        "a.weight": torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed)),
+        "b.weight": torch.ones(7),
+    }
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(weights(), str(folder / "model.safetensors"))
+    return folder
+
+
+def test_a_copy_has_the_fingerprint_whatever_its_files_are_called(model, tmp_path):
+    found = model_fingerprint(str(model))
+    assert found is not None
+    assert len(found) == 64
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    (copy / "model.safetensors").rename(copy / "weights.safetensors")
+    assert model_fingerprint(str(copy)) == found
+
+
+def test_metadata_of_a_file_do_not_enter(model):
+    found = model_fingerprint(str(model))
+    save_file(weights(), str(model / "model.safetensors"), {"format": "pt"})
+    assert model_fingerprint(str(model)) == found
+
+
+@pytest.mark.parametrize("change", ["values", "names", "dtype", "another file", "one sampled byte"])
+def test_another_model_has_another_fingerprint(change, model):
+    found, path = model_fingerprint(str(model)), model / "model.safetensors"
+    if change == "values":
+        save_file(weights(seed=1), str(path))
+    elif change == "names":
+        save_file({f"x.{name}": t for name, t in weights().items()}, str(path))
+    elif change == "dtype":
+        save_file({name: t.bfloat16() for name, t in weights().items()}, str(path))
+    elif change == "another file":
+        save_file(weights(seed=2), str(model / "more.safetensors"))
+    else:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    assert model_fingerprint(str(model)) not in (found, None)
+
+
+def test_the_index_says_which_files_are_the_weights(model):
+    save_file(weights(seed=3), str(model / "model-2.safetensors"))
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    one = model_fingerprint(str(model))
+    (model / "model-2.safetensors").unlink()
+    assert model_fingerprint(str(model)) == one
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "gone.st"}}))
+    assert model_fingerprint(str(model)) is None
+    index.write_text("not json")
+    assert model_fingerprint(str(model)) is None
+
+
+def test_a_second_copy_in_mistrals_naming_changes_nothing(model):
+    found = model_fingerprint(str(model))
+    save_file(weights(seed=4), str(model / "consolidated.safetensors"))
+    assert model_fingerprint(str(model)) == found
+
+
+def test_no_weights_no_fingerprint(tmp_path):
+    assert model_fingerprint(str(tmp_path)) is None
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    assert model_fingerprint(str(tmp_path)) is None
+
+
+def test_a_hub_id_is_looked_up_in_the_local_cache(model, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    assert model_fingerprint("someone/some-model") is None
+    assert model_fingerprint("/no/such/folder/at all") is None
+    repository = cache / "models--someone--some-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc123")
+    shutil.copytree(model, repository / "snapshots" / "abc123")
+    assert model_fingerprint("someone/some-model") == model_fingerprint(str(model))
+    assert model_fingerprint("someone/some-model", revision="other") is None
