@@ -23,6 +23,7 @@ Granularity = Literal["token", "page"]
 Mode = Literal["hard", "soft_v"]
 Pooling = Literal["lse", "max", "mean"]
 Prefill = Literal["auto", "dense", "sparse"]
+LayerBudgets = Literal["auto", "uniform"]
 
 ENV_PREFIX = "SPARSEK_"
 
@@ -54,6 +55,8 @@ class SparseKConfig:
         prefill: ``sparse``, ``dense`` (only decode is sparse), or ``auto``: sparse with a
             learned scorer, dense without one.
         dense_layers: indices of layers that always read the whole context.
+        layer_budgets: ``auto`` (a scorer's file may split the layers' total budget unevenly) or
+            ``uniform`` (every layer keeps ``k``).
         seed: seed of the ``random`` scorer.
     """
 
@@ -69,6 +72,7 @@ class SparseKConfig:
     scorer_path: str | None = None
     prefill: Prefill = "auto"
     dense_layers: tuple[int, ...] = ()
+    layer_budgets: LayerBudgets = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,7 +98,10 @@ class SparseKConfig:
 
     def _check_types(self) -> None:
         kinds: dict[str, tuple[type, ...]] = {"k": (int, float), "dense_layers": (tuple,)}
-        choices = {"granularity": Granularity, "pooling": Pooling, "mode": Mode, "prefill": Prefill}
+        choices = {
+            "granularity": Granularity, "pooling": Pooling, "mode": Mode, "prefill": Prefill,
+            "layer_budgets": LayerBudgets,
+        }  # fmt: skip
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in choices:
@@ -130,7 +137,7 @@ class SparseKConfig:
         return self.scorer_name == "learned"
 
     def budget(self, page: int) -> Budget:
-        """The budget the kernels work with, for KV blocks of ``page`` tokens."""
+        """The nominal budget of every layer, for KV blocks of ``page`` tokens."""
         share = self.k if isinstance(self.k, float) else None
         return Budget(
             k=self.k_min if share is not None else int(self.k),

@@ -11,9 +11,10 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_sparsek import compat
 from vllm_sparsek.attention.cpu_decode import CpuDecoder
 from vllm_sparsek.attention.metadata import PrefillItems, SparseKMetadata
-from vllm_sparsek.attention.settings import settings_of
+from vllm_sparsek.attention.settings import largest_budget, layer_budget, settings_of
 from vllm_sparsek.attention.support import refuse_unsupported_impl
 from vllm_sparsek.attention.workspace import decode_workspace
+from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api
 from vllm_sparsek.kernels.select import api as select_api
@@ -60,7 +61,9 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self.dense = compat.dense_impl_class(self.vllm_config.device_config.device_type)(
             num_heads, head_size, scale, self.num_kv_heads, None, None, kv_cache_dtype,
         )  # fmt: skip
+        self.layer = -1
         self.always_dense = False
+        self._budgets: dict[int, tuple[Budget, Budget]] = {}
         self.scorer: Scorer | None = None
         self.score_cache: Any = None
         self.cpu_decoder: CpuDecoder | None = None
@@ -69,13 +72,13 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Load the scorer and add the score cache, before vLLM profiles memory."""
         layer_name, layer = compat.layer_of(self, self.vllm_config)
-        index = compat.layer_index(layer_name)
-        self.always_dense = index in self.config.dense_layers
+        self.layer = compat.layer_index(layer_name)
+        self.always_dense = self.layer in self.config.dense_layers
         if self.always_dense or self.score_cache is not None:
             return
         total, heads = compat.total_kv_heads(self.vllm_config, self.num_kv_heads)
         device = layer._k_scale.device
-        self.scorer = make_scorer(self.config, index, total, self.head_size, heads, device)
+        self.scorer = make_scorer(self.config, self.layer, total, self.head_size, heads, device)
         anchor = self.head_size if scorer_class(self.config.scorer_name).needs_anchor else 0
         self.score_cache = compat.add_score_cache(
             self.vllm_config, layer_name, self.num_kv_heads, anchor, self.config
@@ -83,10 +86,22 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         if device.type == "cuda":
             self._workspace(self.vllm_config.cache_config.block_size, device)
 
+    def budget(self, page: int) -> Budget:
+        """What this layer's queries read, for KV blocks of ``page`` tokens."""
+        return self._own_and_largest(page)[0]
+
+    def _own_and_largest(self, page: int) -> tuple[Budget, Budget]:
+        if page not in self._budgets:
+            self._budgets[page] = (
+                layer_budget(self.vllm_config, page, self.layer),
+                largest_budget(self.vllm_config, page, self.max_model_len),
+            )
+        return self._budgets[page]
+
     def _workspace(self, page: int, device: torch.device) -> Any:
         return decode_workspace(
             compat.max_decode_rows(self.vllm_config), self.num_heads, self.num_kv_heads,
-            self.head_size, self.config.budget(page), self.max_model_len,
+            self.head_size, self._own_and_largest(page)[1], self.max_model_len,
             self.config.mode == "soft_v", device,
         )  # fmt: skip
 
@@ -166,7 +181,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
     ) -> None:
         page, rows = kv_cache.shape[2], m.num_decodes
         space = self._workspace(page, kv_cache.device)
-        budget, soft = self.config.budget(page), space.gates is not None
+        budget, soft = self.budget(page), space.gates is not None
         units = space.units[:rows]
         gates = space.gates[:rows] if soft else None
         scores, _ = self.score_cache.views()
@@ -185,7 +200,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
     ) -> None:
         if self.cpu_decoder is None:
             self.cpu_decoder = CpuDecoder(
-                self.config.budget(kv_cache.shape[2]), self.config.pooling,
+                self.budget(kv_cache.shape[2]), self.config.pooling,
                 self.config.mode == "soft_v", self.scale,
             )  # fmt: skip
         scores, _ = self.score_cache.views()
@@ -202,7 +217,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         output: torch.Tensor,
     ) -> None:
         page = kv_cache.shape[2]
-        budget, soft = self.config.budget(page), self.config.mode == "soft_v"
+        budget, soft = self.budget(page), self.config.mode == "soft_v"
         scores, _ = self.score_cache.views()
         width = budget.max_units(self.max_model_len)
         at_once = max(1, SELECTION_BYTES // (4 * self.num_kv_heads * width))

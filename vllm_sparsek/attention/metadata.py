@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_sparsek import compat
 from vllm_sparsek.attention.cpu_decode import CpuDecodeRow
 from vllm_sparsek.attention.settings import settings_of
+from vllm_sparsek.kernels.common.budget import mean_tokens_attended
 from vllm_sparsek.metrics import StepCounters
 
 
@@ -104,6 +105,12 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         self.first_sparse = self.budget.first_sparse_position(self.max_model_len)
         layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         always_dense = sum(layer.impl.always_dense for layer in layers.values())
+        # the nominal budget decides which rows are sparse; how much is kept is up to the layers
+        self.layer_budgets = [
+            layer.impl.budget(self.page) for layer in layers.values() if not layer.impl.always_dense
+        ]
+        if len(set(self.layer_budgets)) < 2:
+            self.layer_budgets = self.layer_budgets[:1] or [self.budget]
         self.dense_share = always_dense / max(len(layers), 1)
         make_dense = compat.dense_builder_class(device.type)
         self.dense_builder = make_dense(kv_cache_spec, layer_names, vllm_config, device)
@@ -256,8 +263,8 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         positions = token_positions(starts_in_batch, query_lens, ends)
         context = positions + 1
         sparse = positions >= np.repeat(sparse_from, query_lens)
-        attended = context.copy()
-        attended[sparse] = self.budget.tokens_attended_many(positions[sparse])
+        attended = context.astype(np.float64)
+        attended[sparse] = mean_tokens_attended(self.layer_budgets, positions[sparse])
         # averaged over the layers of the group
         attended = attended + (context - attended) * self.dense_share
         self.counters.add(attended, context, num_decodes, dense=not sparse.any())

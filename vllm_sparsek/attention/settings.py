@@ -6,7 +6,9 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_sparsek import compat
+from vllm_sparsek.attention.layer_budgets import read_shares, split_budget
 from vllm_sparsek.config import SparseKConfig
+from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.model_id import model_fingerprint
 from vllm_sparsek.scorers import scorer_class
 from vllm_sparsek.scorers.scorer_file import ScorerFileError, ScorerReader
@@ -14,6 +16,7 @@ from vllm_sparsek.scorers.scorer_file import ScorerFileError, ScorerReader
 logger = init_logger("vllm.sparsek")
 
 _current: dict[str, tuple[SparseKConfig, int]] = {}
+_shares: dict[str, tuple[float, ...] | None] = {}
 
 
 def resolve_settings(vllm_config: VllmConfig) -> SparseKConfig:
@@ -30,11 +33,13 @@ def check_scorer(vllm_config: VllmConfig, config: SparseKConfig) -> None:
     """Refuse a scorer file that was fitted to another model, before weights load.
 
     Raises:
-        ScorerFileError: not a scorer file, or the fingerprint in it is another model's.
+        ScorerFileError: not a scorer file, the fingerprint in it is another model's, or its
+            ``layer_budgets`` are.
     """
     if config.scorer_name != "learned":
         return
     assert config.scorer_path is not None
+    read_shares(config, vllm_config.model_config.get_total_num_hidden_layers())
     with ScorerReader(config.scorer_path) as file:
         fitted_to = file.header.model
     if fitted_to is None:
@@ -70,6 +75,40 @@ def settings_of(vllm_config: VllmConfig) -> SparseKConfig:
                 "sparse, as asked for" if config.sparse_prefill else "dense, decode is sparse",
             )
     return _current[key][0]
+
+
+def layer_budget(vllm_config: VllmConfig, page: int, layer: int) -> Budget:
+    """What queries of a layer that is not dense read, for KV blocks of ``page`` tokens.
+
+    Raises:
+        ScorerFileError: the scorer's ``layer_budgets`` leave the layer nothing.
+    """
+    budgets = _layer_budgets(vllm_config, page)
+    if not budgets:
+        return settings_of(vllm_config).budget(page)
+    found = budgets[layer]
+    if found is None:
+        raise ScorerFileError(
+            f"sparsek: {settings_of(vllm_config).scorer_path}: layer_budgets takes layer {layer} "
+            "for dense: name it in dense_layers, or set layer_budgets=uniform."
+        )
+    return found
+
+
+def largest_budget(vllm_config: VllmConfig, page: int, limit: int) -> Budget:
+    """The budget of the layer that keeps most of contexts up to ``limit`` tokens."""
+    budgets = _layer_budgets(vllm_config, page) or (settings_of(vllm_config).budget(page),)
+    return max(filter(None, budgets), key=lambda budget: budget.max_units(limit))
+
+
+def _layer_budgets(vllm_config: VllmConfig, page: int) -> tuple[Budget | None, ...]:
+    """One budget per layer, or none if all have the nominal one."""
+    config, key = settings_of(vllm_config), vllm_config.instance_id
+    if key not in _shares:
+        _shares.clear()
+        _shares[key] = read_shares(config, vllm_config.model_config.get_total_num_hidden_layers())
+    shares = _shares[key]
+    return split_budget(config.budget(page), shares, config.dense_layers) if shares else ()
 
 
 def current_settings() -> tuple[SparseKConfig, int]:

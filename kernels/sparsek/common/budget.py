@@ -8,6 +8,7 @@ absolute query position alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,17 +91,6 @@ class Budget:
         kept = min(self.units_kept(start), end - first)
         return min(position + 1, (first + kept - end) * self.unit + position + 1)
 
-    def tokens_attended_many(self, positions: np.ndarray) -> np.ndarray:
-        """``tokens_attended`` of many positions that are not dense: [n] int64 -> [n] int64."""
-        start = positions // self.refresh * self.refresh
-        kept_tokens: np.ndarray | int = self.k
-        if self.k_share is not None:
-            kept_tokens = np.maximum(self.k, np.ceil(self.k_share * (start + 1))).astype(np.int64)
-        first = self.first_unit()
-        end = np.maximum(first, (start - self.window + 1) // self.unit)
-        kept = np.minimum(-(-kept_tokens // self.unit), end - first)
-        return np.minimum(positions + 1, (first + kept - end) * self.unit + positions + 1)
-
     def max_units(self, max_model_len: int) -> int:
         """Largest number of units any selection keeps for contexts up to ``max_model_len``."""
         return self.units_kept(max_model_len - 1)
@@ -109,3 +99,25 @@ class Budget:
         """Upper bound of tokens one sparse query reads, for sizing scratch and grids."""
         window = self.window + self.refresh - 1 + self.unit
         return (self.first_unit() + self.max_units(max_model_len)) * self.unit + window
+
+
+def mean_tokens_attended(budgets: Sequence[Budget], positions: np.ndarray) -> np.ndarray:
+    """``tokens_attended`` of many queries, averaged over layers.
+
+    Args:
+        budgets: the layers' budgets, which differ in ``k`` and ``k_share`` alone.
+        positions: [n] int64, positions of queries that select.
+
+    Returns:
+        [n] float64.
+    """
+    b = budgets[0]
+    # what a query leaves out depends on its refresh block alone
+    start, block = np.unique(positions // b.refresh * b.refresh, return_inverse=True)
+    k = np.array([[budget.k] for budget in budgets])
+    share = np.array([[budget.k_share or 0.0] for budget in budgets])
+    kept_tokens = np.maximum(k, np.ceil(share * (start + 1))).astype(np.int64)  # [layers, blocks]
+    first = b.first_unit()
+    competing = np.maximum(first, (start - b.window + 1) // b.unit) - first
+    left_out = competing - np.minimum(-(-kept_tokens // b.unit), competing)
+    return positions + 1 - left_out.mean(0)[block] * b.unit

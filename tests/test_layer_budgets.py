@@ -1,0 +1,126 @@
+"""Budgets per layer: how a total is split, and what a scorer's file may ask for."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_sparsek.attention.layer_budgets import read_shares, split, split_budget
+from vllm_sparsek.config import SparseKConfig
+from vllm_sparsek.kernels.common.budget import Budget, mean_tokens_attended
+from vllm_sparsek.scorers.scorer_file import (
+    ScorerFile,
+    ScorerFileError,
+    ScorerHeader,
+    save_scorer,
+)
+
+BUDGET = Budget(k=512, window=64, sinks=4, refresh=16)
+
+
+def test_equal_shares_are_the_nominal_budget():
+    assert set(split_budget(BUDGET, (1.0,) * 30, ())) == {BUDGET}
+    share = Budget(k=64, window=64, sinks=4, refresh=16, k_share=0.25)
+    assert set(split_budget(share, (1.0,) * 30, ())) == {share}
+
+
+def test_a_layer_with_twice_the_share_keeps_twice_as_much():
+    a, b, c = split_budget(BUDGET, (0.5, 1.0, 1.5), ())
+    assert (a.k, b.k, c.k) == (256, 512, 768)
+    # shares are relative to each other
+    assert split_budget(BUDGET, (5.0, 10.0, 15.0), ()) == (a, b, c)
+
+
+def test_dense_layers_and_layers_without_a_share_do_not_count():
+    found = split_budget(BUDGET, (7.0, 0.5, 0.0, 1.5), (0,))
+    assert found[0] is None
+    assert found[2] is None
+    assert (found[1].k, found[3].k) == (256, 768)
+
+
+def test_pages_are_split_whole():
+    budget = Budget(k=100, window=64, sinks=4, refresh=16, unit=32)
+    found = split_budget(budget, (0.3, 1.0, 1.7), ())
+    assert [b.k % 32 for b in found] == [0, 0, 0]
+    assert sum(b.units_kept(5000) for b in found) == 3 * budget.units_kept(5000)
+
+
+def test_a_share_of_the_context_is_scaled_up_to_the_whole_context():
+    budget = Budget(k=64, window=64, sinks=4, refresh=16, k_share=0.4)
+    low, high = split_budget(budget, (0.25, 2.75), ())
+    assert low.k_share == pytest.approx(0.4 * 0.25 / 1.5)
+    assert split_budget(budget, (0.05, 2.95), ())[1].k_share == pytest.approx(0.4 * 2.95 / 1.5)
+    assert split_budget(budget, (0.1, 0.1, 9.0), ())[2].k_share == 1.0
+    assert high.k % 16 == 0
+    assert low.k + high.k == 128
+
+
+@given(
+    st.integers(1, 5000),
+    st.lists(st.floats(0.001, 100), min_size=1, max_size=40),
+    st.sampled_from([16, 32, 128]),
+)
+def test_a_split_has_the_nominal_total_in_positive_multiples(k, shares, step):
+    mean = sum(shares) / len(shares)
+    relative = [share / mean for share in shares]
+    found = split(k, relative, step)
+    assert all(places > 0 and places % step == 0 for places in found)
+    if k >= step:
+        assert abs(sum(found) - len(shares) * k) <= step / 2 + 1e-6
+    # a larger share never gets less
+    order = sorted(range(len(shares)), key=lambda i: (relative[i], -i))
+    assert all(found[a] <= found[b] for a, b in itertools.pairwise(order))
+
+
+@pytest.mark.parametrize("k_share", [None, 0.3], ids=["number", "share"])
+@pytest.mark.parametrize("unit", [1, 32])
+def test_the_mean_over_layers_is_the_mean_of_each_layers_tokens(unit, k_share):
+    nominal = Budget(k=96, window=50, sinks=4, refresh=16, unit=unit, k_share=k_share)
+    budgets = split_budget(nominal, (0.2, 0.5, 1.0, 1.3, 2.0), ())
+    first = nominal.first_sparse_position(4000)
+    positions = np.arange(first, 3000, dtype=np.int64)
+    found = mean_tokens_attended(budgets, positions)
+    expected = [np.mean([b.tokens_attended(int(p)) for b in budgets]) for p in positions]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    # the layer with the largest budget reads everything at first
+    assert budgets[-1].is_dense(first)
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """``configured(shares, **settings)``: settings with such a scorer file."""
+
+    def make(shares, **settings):
+        path = tmp_path / "scorer.safetensors"
+        layer = {"weight": torch.zeros(2, 8), "bias": torch.zeros(2)}
+        budgets = None if shares is None else torch.tensor(shares)
+        save_scorer(path, ScorerFile(ScorerHeader(), {0: layer}, layer_budgets=budgets))
+        return SparseKConfig(scorer_path=str(path), **settings)
+
+    return make
+
+
+def test_the_files_shares_count_unless_the_settings_say_uniform(configured):
+    assert read_shares(configured([0.5, 1.5]), 2) == (0.5, 1.5)
+    assert read_shares(configured([0.5, 1.5], layer_budgets="uniform"), 2) is None
+    assert read_shares(configured(None), 2) is None
+    assert read_shares(SparseKConfig(), 2) is None
+
+
+def test_shares_of_another_number_of_layers_are_refused(configured):
+    with pytest.raises(ScorerFileError, match=r"layer_budgets has shape \[2\].*needs \[3\]"):
+        read_shares(configured([0.5, 1.5]), 3)
+
+
+@pytest.mark.parametrize(
+    ("shares", "dense"), [([-1.0, 3.0], ()), ([0.0, 0.0], ()), ([2.0, 0.0], (0,))],
+    ids=["negative", "all-zero", "zero-but-for-dense-layers"],
+)  # fmt: skip
+def test_shares_that_leave_nothing_are_refused_with_a_remedy(shares, dense, configured):
+    with pytest.raises(ScorerFileError, match="layer_budgets=uniform"):
+        read_shares(configured(shares, dense_layers=dense), 2)
