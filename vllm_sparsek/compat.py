@@ -319,6 +319,53 @@ def layer_of(impl: Any, vllm_config: VllmConfig) -> tuple[str, Any]:
     raise RuntimeError("sparsek: an attention layer is not in vLLM's static forward context")
 
 
+class ParentWatch:
+    """Waits for the attention layer that owns an implementation to become part of a module.
+
+    Ends when vLLM tells an implementation of its layer's neighbours.
+
+    Attributes:
+        parent: the module, or None until then.
+    """
+
+    def __init__(self, impl: Any) -> None:
+        from torch.nn.modules.module import register_module_module_registration_hook
+
+        self.parent: torch.nn.Module | None = None
+        self._impl = impl
+        self._handle = register_module_module_registration_hook(self._registered)
+
+    def _registered(self, module: Any, name: str, child: Any) -> None:
+        if getattr(child, "impl", None) is self._impl:
+            self.parent = module
+
+    def stop(self) -> torch.nn.Module | None:
+        """Stop waiting; returns ``parent``."""
+        self._handle.remove()
+        return self.parent
+
+
+def query_projection(parent: torch.nn.Module) -> torch.nn.Module | None:
+    """The projection of an attention module that makes the queries, or None."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    children = dict(parent.named_children())
+    for child in children.values():
+        if isinstance(child, QKVParallelLinear):
+            return child
+    return children.get("q_proj")
+
+
+def mark_compiled_graphs(vllm_config: VllmConfig, mark: str) -> None:
+    """Keep graphs that were compiled under another ``mark`` from being used.
+
+    vLLM finds compiled graphs by a hash that knows nothing of scorer files.
+    """
+    additional = vllm_config.additional_config
+    if isinstance(additional, dict):
+        vllm_config.additional_config = {**additional, "sparsek_graph": mark}
+
+
 def add_score_cache(
     vllm_config: VllmConfig, layer_name: str, num_kv_heads: int, anchor_dim: int, config: Any
 ) -> Any:

@@ -10,9 +10,15 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparsek import compat
 from vllm_sparsek.attention.cpu_decode import CpuDecoder
+from vllm_sparsek.attention.hidden import HiddenStates, keep_input
 from vllm_sparsek.attention.metadata import PrefillItems, SparseKMetadata
-from vllm_sparsek.attention.settings import largest_budget, layer_budget, settings_of
-from vllm_sparsek.attention.support import refuse_unsupported_impl
+from vllm_sparsek.attention.settings import (
+    largest_budget,
+    layer_budget,
+    reads_hidden,
+    settings_of,
+)
+from vllm_sparsek.attention.support import refuse_unsupported_impl, refuse_without_projection
 from vllm_sparsek.attention.workspace import decode_workspace
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
@@ -67,6 +73,9 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self.scorer: Scorer | None = None
         self.score_cache: Any = None
         self.cpu_decoder: CpuDecoder | None = None
+        self.hidden: HiddenStates | None = None
+        self._hidden_checked = False
+        self._watch = compat.ParentWatch(self) if reads_hidden(self.vllm_config) else None
         compat.hook_prompt_lengths()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -74,11 +83,24 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         layer_name, layer = compat.layer_of(self, self.vllm_config)
         self.layer = compat.layer_index(layer_name)
         self.always_dense = self.layer in self.config.dense_layers
+        around = self._watch.stop() if self._watch is not None else None
         if self.always_dense or self.score_cache is not None:
             return
         total, heads = compat.total_kv_heads(self.vllm_config, self.num_kv_heads)
         device = layer._k_scale.device
-        self.scorer = make_scorer(self.config, self.layer, total, self.head_size, heads, device)
+        hidden_size = self.vllm_config.model_config.get_hidden_size()
+        self.scorer = make_scorer(
+            self.config, self.layer, total, self.head_size, heads, device, hidden_size
+        )
+        if self.scorer.reads_hidden:
+            projection = None if around is None else compat.query_projection(around)
+            if projection is None:
+                refuse_without_projection(layer_name)
+            tokens = max(
+                self.vllm_config.scheduler_config.max_num_batched_tokens,
+                compat.max_decode_rows(self.vllm_config),
+            )
+            self.hidden = keep_input(projection, tokens, hidden_size, act_dtype, device)
         anchor = self.head_size if scorer_class(self.config.scorer_name).needs_anchor else 0
         self.score_cache = compat.add_score_cache(
             self.vllm_config, layer_name, self.num_kv_heads, anchor, self.config
@@ -141,6 +163,10 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("sparsek does not support fused output quantization yet")
         if attn_metadata is None:
+            # the first run is a profiling run, never a replayed graph
+            if self.hidden is not None and not self._hidden_checked:
+                self.hidden.require_kept(layer.layer_name)
+                self._hidden_checked = True
             return output.zero_()
         m = attn_metadata
         if self.always_dense:
@@ -173,6 +199,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             seq_lens=m.seq_lens,
             scores=scores,
             anchors=anchors,
+            hidden=None if self.hidden is None else self.hidden.rows[:tokens],
         )
         self.scorer.write(batch)
 

@@ -7,6 +7,7 @@ from vllm.logger import init_logger
 
 from vllm_sparsek import compat
 from vllm_sparsek.attention.layer_budgets import read_shares, split_budget
+from vllm_sparsek.attention.support import refuse_unsupported_with_hidden
 from vllm_sparsek.config import SparseKConfig
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.model_id import model_fingerprint
@@ -30,18 +31,22 @@ def resolve_settings(vllm_config: VllmConfig) -> SparseKConfig:
 
 
 def check_scorer(vllm_config: VllmConfig, config: SparseKConfig) -> None:
-    """Refuse a scorer file that was fitted to another model, before weights load.
+    """Refuse a scorer file that does not go with this model and configuration, early.
 
     Raises:
         ScorerFileError: not a scorer file, the fingerprint in it is another model's, or its
             ``layer_budgets`` are.
+        UnsupportedError: a feature that its input excludes.
     """
     if config.scorer_name != "learned":
         return
     assert config.scorer_path is not None
     read_shares(config, vllm_config.model_config.get_total_num_hidden_layers())
     with ScorerReader(config.scorer_path) as file:
-        fitted_to = file.header.model
+        fitted_to, features = file.header.model, file.header.features
+    if "hidden" in features:
+        refuse_unsupported_with_hidden(vllm_config)
+        compat.mark_compiled_graphs(vllm_config, "hidden")
     if fitted_to is None:
         return
     model = vllm_config.model_config
@@ -75,6 +80,16 @@ def settings_of(vllm_config: VllmConfig) -> SparseKConfig:
                 "sparse, as asked for" if config.sparse_prefill else "dense, decode is sparse",
             )
     return _current[key][0]
+
+
+def reads_hidden(vllm_config: VllmConfig) -> bool:
+    """Whether the scorer in use reads hidden states."""
+    config = settings_of(vllm_config)
+    if config.scorer_name != "learned":
+        return False
+    assert config.scorer_path is not None
+    with ScorerReader(config.scorer_path) as file:
+        return "hidden" in file.header.features
 
 
 def layer_budget(vllm_config: VllmConfig, page: int, layer: int) -> Budget:

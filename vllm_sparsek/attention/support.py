@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from vllm.config import VllmConfig
@@ -16,7 +16,7 @@ class UnsupportedError(ValueError):
     """A feature SparseK attention lacks; names the feature and the setting that helps."""
 
 
-def _refuse(feature: str, remedy: str) -> None:
+def _refuse(feature: str, remedy: str) -> NoReturn:
     raise UnsupportedError(f"sparsek attention does not support {feature} yet: {remedy}.")
 
 
@@ -115,3 +115,25 @@ def refuse_unsupported_config(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         _refuse("context parallelism", f"set the context parallel sizes to 1, {WITHOUT}")
+
+
+def refuse_unsupported_with_hidden(vllm_config: VllmConfig) -> None:
+    """Check what a scorer that reads hidden states excludes.
+
+    Raises:
+        UnsupportedError: names the feature and what to do.
+    """
+    # LoRA layers call the projection's parts, not the projection
+    if vllm_config.lora_config is not None:
+        _refuse("LoRA with a scorer that reads hidden states",
+                "use a scorer of key and value, or drop --enable-lora")  # fmt: skip
+
+
+def refuse_without_projection(layer_name: str) -> NoReturn:
+    """Refuse a model whose attention has no projection to take hidden states from.
+
+    Raises:
+        UnsupportedError: names the layer and what to do.
+    """
+    _refuse(f"a scorer that reads hidden states in {layer_name}, which has no qkv_proj or q_proj",
+            "use a scorer of key and value")  # fmt: skip
