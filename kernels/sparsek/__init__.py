@@ -1,1 +1,1 @@
-"""SparseK kernels: score, select, decode, prefill (import name ``vllm_sparsek.kernels``)."""
+"""SparseK kernels (import name ``vllm_sparsek.kernels``): a folder for every operation."""

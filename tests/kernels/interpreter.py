@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 import torch
 
+from vllm_sparsek.kernels.common.compile_targets import OPERATIONS
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter multiplies the bit patterns of bfloat16 numbers: float16 stands in there
 BF16 = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 # numpy's matrix product rounds a row by where it lies in the tile, tensor cores do not
 BITWISE = 0.0 if DEVICE == "cuda" else 2e-6
 VARIABLE = "TRITON_INTERPRET"
-KERNEL_MODULES = ("score.triton", "select.triton", "decode.triton", "prefill.triton")
 
 
 @contextlib.contextmanager
@@ -63,7 +64,11 @@ def use_interpreter() -> None:
 
         # kernels that were imported for a GPU are imported anew
         prefix = "vllm_sparsek.kernels."
-        for name in ("common.device", "common.dispatch", *KERNEL_MODULES):
+        for name in (
+            "common.device",
+            "common.dispatch",
+            *(f"{name}.triton" for name in OPERATIONS),
+        ):
             loaded = sys.modules.get(prefix + name)
             if loaded is not None:
                 importlib.reload(loaded)

@@ -246,15 +246,15 @@ def test_gates_are_the_references_for_flat_steep_and_clustered_scores(scale, dev
         torch.testing.assert_close(gates, expected_gates, rtol=0, atol=GATE_TOLERANCE)
 
 
-@pytest.mark.parametrize(("n", "k"), [(5, 1), (40, 7), (300, 64), (1000, 999)])
-def test_sparsek_threshold_agrees_with_entmax(n, k):
-    from entmax import budget_bisect
-
-    z = torch.randn(3, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) * 2
-    tau = reference.sparsek_threshold(z, k)
-    p = (z - tau[:, None]).clamp(0, 1)
-    torch.testing.assert_close(p.sum(-1), torch.full((3,), float(k), dtype=torch.float64))
-    torch.testing.assert_close(p, budget_bisect(z, budget=k, n_iter=100), rtol=0, atol=1e-6)
+def test_soft_gates_are_one_where_scores_of_minus_infinity_find_room(device):
+    paged = build([111], 1, 8, 16)
+    paged.scores[paged.block_table[0, :5].long()] = float("-inf")
+    budget = Budget(k=60, window=5, sinks=0, refresh=1)
+    row, position = items_of([(0, 110)])
+    for impl in ("triton",) if device.type == "cuda" else ("triton", "cpu", "reference"):
+        units, gates = run(paged.to(device), row, position, budget, True, extra=0, impl=impl)
+        assert (units < 80).sum() == 60 - 26
+        assert (gates == 1).all()
 
 
 @pytest.mark.gpu

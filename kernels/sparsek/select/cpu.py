@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
-from vllm_sparsek.kernels.select.reference import sparsek_threshold, unit_scores
+from vllm_sparsek.kernels.common.projection import sparsek_gates
+from vllm_sparsek.kernels.select.reference import unit_scores
 
 
 def top_units(z: torch.Tensor, keep: int) -> torch.Tensor:
@@ -67,10 +68,5 @@ def select(
         order = top_units(z, keep)
         units_out[item, :, :keep] = order + first
         if gates_out is not None:
-            if end - first > keep:
-                tau = sparsek_threshold(z, keep)
-                gates_out[item, :, :keep] = (
-                    (z.double() - tau[:, None]).clamp(0, 1).gather(1, order).float()
-                )
-            else:
-                gates_out[item, :, :keep] = 1.0
+            gate = sparsek_gates(z, keep).masked_fill(z == float("-inf"), 1.0)
+            gates_out[item, :, :keep] = gate.gather(1, order).float()

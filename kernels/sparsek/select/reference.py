@@ -9,28 +9,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
-
-
-def sparsek_threshold(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """tau with sum(clip(scores - tau, 0, 1)) == k, over the last dimension.
-
-    Bisection on tau: comparing breakpoints ``z - 1`` with ``>=`` is wrong in floating point.
-
-    Args:
-        scores: [..., n], floating point, n > k > 0.
-        k: number of places.
-
-    Returns:
-        [...], float64.
-    """
-    z = scores.double()
-    low, high = z.amin(-1) - 1, z.amax(-1)
-    for _ in range(100):
-        middle = (low + high) / 2
-        mass = (z - middle[..., None]).clamp(0, 1).sum(-1)
-        low = torch.where(mass > k, middle, low)
-        high = torch.where(mass > k, high, middle)
-    return (low + high) / 2
+from vllm_sparsek.kernels.common.projection import sparsek_gates
 
 
 def unit_scores(token_scores: torch.Tensor, unit: int, pooling: str) -> torch.Tensor:
@@ -96,9 +75,7 @@ def select(
         )
         units[item, :, :keep] = (order + first).int()
         if gates is not None:
-            gate = torch.ones_like(order, dtype=torch.float32)
-            if end - first > keep:
-                tau = sparsek_threshold(z, keep)
-                gate = (z.double() - tau[:, None]).clamp(0, 1).gather(1, order).float()
-            gates[item, :, :keep] = gate
+            # scores of -inf are kept only where there is room for all that have one
+            gate = sparsek_gates(z, keep).masked_fill(z == float("-inf"), 1.0)
+            gates[item, :, :keep] = gate.gather(1, order).float()
     return units, gates

@@ -1,0 +1,1 @@
+"""Thresholds and expiry times of all prefixes in one pass."""
