@@ -1,0 +1,145 @@
+"""How much of the budget each layer should get, at an equal total.
+
+A layer's damage is taken as proportional to the attention it drops. What it drops at any
+budget is known from the captured windows; the factor is measured: the divergence of the model's
+next-token distribution when that layer alone is sparse. Places are then given, a step at a
+time, to the layer whose damage they lower most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.training.capture import attention_hook, layer_inputs
+from vllm_sparsek.training.data import Window
+from vllm_sparsek.training.objective import Split, Targets, competitions
+from vllm_sparsek.training.sparse import sparse_attention
+
+Score = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+# a layer keeps at least this share of its even part
+LEAST_SHARE = 0.25
+# and at most this multiple: a layer that needs more is better made dense by hand
+MOST_SHARE = 3.0
+# places are given in this many steps a layer
+STEPS = 64
+# points of the curve of dropped attention
+POINTS = 13
+# tokens of the windows that damage is measured on, and every how many of them one is looked at
+DAMAGE_TOKENS = 4096
+DAMAGE_STRIDE = 4
+# what the answers' divergence counts beside that of all tokens
+ANSWER_WEIGHT = 0.25
+
+
+def curve(scores: torch.Tensor, targets: Targets, share: float, split: Split) -> torch.Tensor:
+    """Attention to far tokens dropped by a layer that keeps 0 .. ``MOST_SHARE`` even parts.
+
+    Args:
+        scores: [H, W, n]; targets: of the same windows; share: the budget; split: of it.
+
+    Returns:
+        [POINTS] float64, see ``allocate``.
+    """
+    total = torch.zeros(POINTS, dtype=torch.float64)
+    for c in competitions(targets.mass.shape[1], targets.segment, (share,), split):
+        order = scores[..., c.first : c.end].argsort(-1, descending=True)
+        paid = targets.mass[:, c.segment, :, c.first : c.end].transpose(0, 1).gather(-1, order)
+        left = torch.cat([torch.zeros_like(paid[..., :1]), paid.cumsum(-1)], -1)
+        left = left[..., -1:] - left
+        for point in range(POINTS):
+            kept = min(round(c.k * MOST_SHARE * point / (POINTS - 1)), c.end - c.first)
+            total[point] += left[..., kept].mean().item()
+    return total
+
+
+@torch.inference_mode()
+def measure_damage(
+    model: Any,
+    window: Window,
+    score: Score,
+    hidden: bool,
+    layers: list[int],
+    budget: Budget,
+    tick: Callable[[], None],
+) -> list[float]:
+    """Divergence of the model's next token from the dense one when one layer alone is sparse.
+
+    Args:
+        model: from ``capture.load_model``.
+        window: the last ``DAMAGE_TOKENS`` of it are read.
+        score: (layer, key, value [T, H, D], hidden [T, E] or None) -> scores [T, H].
+        hidden: whether ``score`` reads hidden states.
+        layers: which.
+        budget: of every layer; tick: called after every layer.
+
+    Returns:
+        KL divergence in nats, of all tokens plus ``ANSWER_WEIGHT`` times that of answers.
+    """
+    cut = max(0, len(window.ids) - DAMAGE_TOKENS)
+    ids = torch.tensor(window.ids[cut:], device=model.device)[None]
+    answers = [p - cut for first, end in window.answers for p in range(first, end) if first > cut]
+    first = budget.first_sparse_position(ids.shape[1])
+    plain = torch.arange(first, ids.shape[1], DAMAGE_STRIDE, device=model.device)
+
+    def predict() -> list[torch.Tensor]:
+        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        head = model.get_output_embeddings()
+        rows = [plain] + ([torch.tensor(answers, device=model.device)] if answers else [])
+        return [head(states[row]).float().log_softmax(-1) for row in rows]
+
+    def divergence(dense: torch.Tensor, sparse: torch.Tensor) -> float:
+        return (dense.exp() * (dense - sparse)).sum(-1).mean().item()
+
+    dense = predict()
+    damage = []
+    for layer in layers:
+
+        def only(at: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                 scale: float, chosen: int = layer) -> torch.Tensor | None:  # fmt: skip
+            if at != chosen:
+                return None
+            scores = score(at, key.transpose(0, 1), value.transpose(0, 1), inputs.get(at))
+            return sparse_attention(query, key, value, scores.T, budget, scale)
+
+        with layer_inputs(model, hidden) as inputs, attention_hook(only):
+            found = [divergence(d, s) for d, s in zip(dense, predict(), strict=True)]
+        damage.append(max(0.0, found[0] + ANSWER_WEIGHT * sum(found[1:])))
+        tick()
+    return damage
+
+
+def allocate(dropped: torch.Tensor, damage: torch.Tensor) -> torch.Tensor:
+    """Relative budgets of layers with mean 1.
+
+    Args:
+        dropped: [layers, points] attention each layer drops when it keeps 0, 1/c, 2/c .. of the
+            competing tokens that an even split gives it, up to ``MOST_SHARE`` times as many:
+            point p is p * MOST_SHARE / (points - 1) times the even part.
+        damage: [layers] measured damage of each layer alone at the even part, at least 0.
+
+    Returns:
+        [layers] float32.
+    """
+    layers, points = dropped.shape
+    at = torch.linspace(0, MOST_SHARE, points, dtype=torch.float64)
+    share = torch.arange(0, int(MOST_SHARE * STEPS) + 1, dtype=torch.float64) / STEPS
+    # linear interpolation of every layer's curve at the steps
+    right = torch.searchsorted(at, share).clamp(1, points - 1)
+    weight = (share - at[right - 1]) / (at[right] - at[right - 1])
+    curve = dropped.double()
+    curve = curve[:, right - 1] * (1 - weight) + curve[:, right] * weight
+    even = curve[:, STEPS].clamp_min(1e-9)
+    harm = curve / even[:, None] * damage.double()[:, None]
+    given = [int(LEAST_SHARE * STEPS)] * layers
+    for _ in range(STEPS * layers - sum(given)):
+        gains = [
+            (harm[layer, have] - harm[layer, have + 1]).item() if have + 1 < len(share) else -1.0
+            for layer, have in enumerate(given)
+        ]
+        given[max(range(layers), key=gains.__getitem__)] += 1
+    return torch.tensor(given, dtype=torch.float32) / STEPS

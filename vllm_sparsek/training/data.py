@@ -1,0 +1,128 @@
+"""What a scorer is fitted on: windows of the user's texts, and retrieval prompts made from them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_sparsek.training.retrieval import retrieval_window
+
+# characters a window of a text is cut from, per token: no usual text has more on average
+CHARACTERS_PER_TOKEN = 12
+# share of the windows that are retrieval prompts
+RETRIEVAL_SHARE = 0.4
+# a fact for every so many tokens of a retrieval prompt
+TOKENS_PER_FACT = 290
+
+
+class DataError(ValueError):
+    """Texts that cannot be used; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """One training window.
+
+    Attributes:
+        name: kind and source, for logs.
+        ids: token ids.
+        answers: (first, end) positions of the queries that predict each answer.
+    """
+
+    name: str
+    ids: list[int]
+    answers: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text with the name it is logged under."""
+
+    name: str
+    content: str
+
+
+def standard_library() -> Text:
+    """Source of Python's standard library: text that every machine has."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = sorted(path for path in folder.glob("*.py") if path.stat().st_size > 15_000)
+    return Text("python-stdlib", "\n\n".join(path.read_text(errors="ignore") for path in files))
+
+
+def read_texts(paths: list[Path]) -> list[Text]:
+    """Read texts; a folder stands for its .txt, .md and .py files, as one text.
+
+    Raises:
+        DataError: no such file, not text, empty.
+    """
+    texts = []
+    for path in paths:
+        if path.is_dir():
+            files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md", ".py"))
+        elif path.is_file():
+            files = [path]
+        else:
+            raise DataError(f"--data {path}: no such file or folder.")
+        try:
+            content = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+        except UnicodeDecodeError as error:
+            raise DataError(f"--data {path}: not UTF-8 text ({error}).") from None
+        if not content.strip():
+            raise DataError(f"--data {path}: no text in it (folders: .txt, .md and .py count).")
+        texts.append(Text(path.name, content))
+    return texts
+
+
+def digest(texts: list[Text]) -> str:
+    """Names of texts with the start of the SHA-256 of each, to record what was read."""
+    return ", ".join(
+        f"{text.name} (sha256 {hashlib.sha256(text.content.encode()).hexdigest()[:16]})"
+        for text in texts
+    )
+
+
+def training_windows(
+    tokenizer: Any, texts: list[Text], tokens: int, count: int, seed: int
+) -> list[Window]:
+    """Windows in equal parts from all texts, 40 % of them with facts and questions.
+
+    Half of the retrieval prompts are chats if the model has a chat template.
+
+    Args:
+        tokenizer: of the model.
+        texts: what to read; tokens: length of a window; count: number of windows.
+        seed: places and facts follow from it.
+
+    Raises:
+        DataError: a text is shorter than a window.
+    """
+    r = random.Random(seed)
+    retrieval = round(RETRIEVAL_SHARE * count)
+    plain = [
+        _text_window(tokenizer, texts[i % len(texts)], tokens, r) for i in range(count - retrieval)
+    ]
+    facts = max(1, tokens // TOKENS_PER_FACT)
+    hidden = []
+    for i in range(retrieval):
+        text = texts[i % len(texts)]
+        chat = i % 2 == 1 and tokenizer.chat_template is not None
+        made = retrieval_window(tokenizer, text.content, tokens, r.randrange(1 << 30), facts, chat)
+        name = f"{'chat' if chat else 'questions'} over {text.name}"
+        hidden.append(Window(name, made.ids, made.answer_queries))
+    return plain + hidden
+
+
+def _text_window(tokenizer: Any, text: Text, tokens: int, r: random.Random) -> Window:
+    size = tokens * CHARACTERS_PER_TOKEN
+    start = r.randrange(max(1, len(text.content) - size))
+    ids = tokenizer(text.content[start : start + size])["input_ids"][:tokens]
+    if len(ids) < tokens:
+        raise DataError(
+            f"--data {text.name}: {len(ids)} tokens, shorter than one window of {tokens}: give "
+            "more text or a smaller --window-tokens."
+        )
+    return Window(f"text {text.name}", ids)

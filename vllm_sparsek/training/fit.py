@@ -1,0 +1,295 @@
+"""`vllm-sparsek fit`: capture dense attention, fit every layer, split the budget, write the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.model_id import model_fingerprint
+from vllm_sparsek.scorers.features import Rope, concatenate
+from vllm_sparsek.scorers.learned import load_layer
+from vllm_sparsek.scorers.scorer_file import ScorerFile, ScorerHeader, save_scorer
+from vllm_sparsek.training.budgets import DAMAGE_TOKENS, allocate, curve, measure_damage
+from vllm_sparsek.training.capture import Capture, CaptureSettings, load_model
+from vllm_sparsek.training.data import (
+    Window,
+    digest,
+    read_texts,
+    standard_library,
+    training_windows,
+)
+from vllm_sparsek.training.objective import Targets, dropped, kept_share
+from vllm_sparsek.training.solve import SolveSettings, fit_layer
+from vllm_sparsek.training.store import Store
+
+# recall is reported, and budgets are split, at this share of the context
+SHARE = 0.25
+REFRESH = 64
+# shows one step under way; called without arguments it redraws
+Step = Callable[[str], AbstractContextManager[Callable[[], None]]]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What is fitted to what.
+
+    Attributes:
+        model: folder or hub id.
+        data: texts; empty: Python's standard library.
+        window_tokens, windows: length and number of the training windows, two of them held out.
+        features: see ``scorers.scorer_file``; ``key_unrotated`` is left out of models whose
+            rotary embedding is not one table for all layers.
+        layer_budgets: also split the budget over the layers.
+        device: where the model runs.
+        solve: how a layer is fitted.
+    """
+
+    model: str
+    data: tuple[str, ...] = ()
+    window_tokens: int = 8192
+    windows: int = 10
+    features: tuple[str, ...] = ("key_unrotated", "key", "value")
+    layer_budgets: bool = True
+    device: str = "cpu"
+    solve: SolveSettings = field(default_factory=SolveSettings)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How a layer's fit went; all but ``losses`` on the windows held out.
+
+    Attributes:
+        layer: index; losses: of every step, on the training windows.
+        loss: attention dropped; recall: share of attention to far tokens kept at 25 %;
+        answer_recall: the same of attention that answers pay.
+    """
+
+    layer: int
+    losses: list[float]
+    loss: float
+    recall: float
+    answer_recall: float
+
+
+def fit(settings: FitSettings, out: Path, step: Step, say: Say) -> list[LayerReport]:
+    """Fit a scorer and write it to ``out``; an interrupted fit goes on where it stopped.
+
+    Args:
+        settings: what is fitted.
+        out: the scorer file; finished steps are kept beside it until it is written.
+        step: shows one step under way; say: prints a line.
+
+    Returns:
+        one report a layer.
+
+    Raises:
+        DataError: texts that cannot be used. ScorerFileError: ``out`` cannot be written.
+    """
+    texts = read_texts([Path(p) for p in settings.data]) or [standard_library()]
+    source, fingerprint = digest(texts), model_fingerprint(settings.model)
+    record = {**asdict(settings), "data": source, "model": fingerprint}
+    store = Store(out.with_name(f".{out.name}.work"), record)
+    if store.resumed:
+        say("going on where an earlier fit with the same settings stopped")
+    run = _Run(settings, store, step, say, source, fingerprint)
+    run.load(texts)
+    run.capture()
+    reports = run.fit_layers()
+    save_scorer(out, run.scorer_file(run.split_budget() if settings.layer_budgets else None))
+    store.remove()
+    return reports
+
+
+def rope_of(model: Any) -> Rope | None:
+    """The rotary embedding that all layers of a transformers model share, or None."""
+    tables = [m.inv_freq for m in model.modules() if isinstance(getattr(m, "inv_freq", None),
+                                                                torch.Tensor)]  # fmt: skip
+    if not tables or any(t.shape != tables[0].shape or (t != tables[0]).any() for t in tables):
+        return None
+    return Rope(tables[0].float().cpu(), interleaved=False)
+
+
+class _Run:
+    """One fit: the steps in their order, each skipped if the store has it."""
+
+    def __init__(
+        self,
+        settings: FitSettings,
+        store: Store,
+        step: Step,
+        say: Say,
+        source: str,
+        fingerprint: str | None,
+    ) -> None:
+        self.settings, self.store, self.step, self.say = settings, store, step, say
+        self.source, self.fingerprint = source, fingerprint
+        self.device = torch.device(settings.device)
+        self.capturing = CaptureSettings(
+            hidden="hidden" in settings.features, gap=settings.solve.split.window
+        )
+
+    def load(self, texts: list[Any]) -> None:
+        """The model and its training windows."""
+        from transformers import AutoTokenizer
+
+        settings = self.settings
+        with self.step("load the model"):
+            self.model = load_model(settings.model, self.device, torch.bfloat16)
+            self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
+            self.windows = training_windows(
+                self.tokenizer, texts, settings.window_tokens, settings.windows,
+                settings.solve.seed,
+            )  # fmt: skip
+        self.rope = rope_of(self.model) if "key_unrotated" in settings.features else None
+        self.features = tuple(
+            name for name in settings.features if name != "key_unrotated" or self.rope is not None
+        )
+        held = _held_out(self.windows)
+        self.held_out = held
+        self.training = [i for i in range(len(self.windows)) if i not in held]
+
+    def capture(self) -> None:
+        """What dense attention looks at, window by window."""
+        capture = Capture(self.model, self.capturing)
+        for index, window in enumerate(self.windows):
+            if self.store.has(f"window-{index}"):
+                continue
+            with self.step(f"read window {index + 1} of {len(self.windows)}: {window.name}"):
+                found = capture.run(window.ids, window.answers)
+                tensors = {
+                    f"{layer}.{name}": tensor
+                    for layer, view in found.items()
+                    for name, tensor in vars(view).items()
+                    if tensor is not None
+                }
+                self.store.write(f"window-{index}", tensors, sorted(found))
+        self.layers: list[int] = self.store.record("window-0")
+
+    def _layer(self, layer: int, windows: list[int]) -> tuple[torch.Tensor, Targets]:
+        """Features [H, W, n, F] and targets of one layer."""
+        x, mass, answers = [], [], []
+        for index in windows:
+            view = self.store.read(f"window-{index}", f"{layer}.")
+            x.append(self._features(view["key"], view["value"], view.get("hidden")))
+            mass.append(view["mass"])
+            answers.append(view["answers"])
+        targets = Targets(
+            torch.stack(mass).to(self.device), torch.stack(answers).to(self.device),
+            self.capturing.segment,
+        )  # fmt: skip
+        return torch.stack(x, dim=1).to(self.device), targets
+
+    def _features(
+        self, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Features [H, n, F] of key, value [H, n, D] and hidden [n, E]."""
+        rope = self.rope
+        if rope is not None:
+            rope = Rope(rope.inv_freq.to(key.device), rope.interleaved)
+        position = torch.arange(key.shape[1], device=key.device)
+        x = concatenate(
+            self.features, key.transpose(0, 1), value.transpose(0, 1), position, hidden, rope
+        )
+        return x.expand(-1, key.shape[0], -1).transpose(0, 1)
+
+    def fit_layers(self) -> list[LayerReport]:
+        """Every layer's scorer."""
+        reports = []
+        for layer in self.layers:
+            name = f"layer-{layer}"
+            if not self.store.has(name):
+                with self.step(f"fit layer {layer}"):
+                    self._fit_layer(layer)
+            report = LayerReport(**self.store.record(name))
+            reports.append(report)
+            self.say(
+                f"layer {layer}: loss {report.loss:.4f}; at {SHARE:.0%} of the context keeps "
+                f"{report.recall:.1%} of far attention, {report.answer_recall:.1%} of answers'"
+            )
+        return reports
+
+    def _fit_layer(self, layer: int) -> None:
+        solve = self.settings.solve
+        x, targets = self._layer(layer, self.training)
+        scorer, losses = fit_layer(x, targets, self.capturing.gap, solve)
+        x, targets = self._layer(layer, self.held_out)
+        with torch.no_grad():
+            scores = scorer((x - scorer.mean[:, None, None]) / scorer.std[:, None, None])
+        recall, answer_recall = kept_share(scores, targets, SHARE, solve.split)
+        report = LayerReport(
+            layer, losses, dropped(scores, targets, solve.shares, solve.split).item(),
+            recall.item(), answer_recall.item(),
+        )  # fmt: skip
+        dropping = curve(scores, targets, SHARE, solve.split)
+        self.store.write(
+            f"layer-{layer}", {**scorer.tensors(), "curve": dropping}, asdict(report)
+        )
+
+    def split_budget(self) -> torch.Tensor:
+        """Relative budgets of all layers of the model, 0 for those that are not sparse."""
+        if not self.store.has("damage"):
+            with self.step(f"measure {len(self.layers)} layers' damage") as tick:
+                damage = self._damage(tick)
+                self.store.write("damage", {"damage": torch.tensor(damage)})
+        curves = torch.stack([self.store.read(f"layer-{layer}")["curve"] for layer in self.layers])
+        given = allocate(curves, self.store.read("damage")["damage"])
+        shares = torch.zeros(max(self.layers) + 1)
+        shares[self.layers] = given
+        self.say("budget by layer: " + " ".join(f"{share:.2f}" for share in shares.tolist()))
+        return shares
+
+    def _damage(self, tick: Callable[[], None]) -> list[float]:
+        split, window = self.settings.solve.split, self.windows[self.held_out[-1]]
+        kept = int(SHARE * min(DAMAGE_TOKENS, len(window.ids)))
+        reach = split.window_of(kept)
+        budget = Budget(k=kept - reach - split.sinks, window=reach, sinks=split.sinks,
+                        refresh=REFRESH)  # fmt: skip
+        path = self.store.folder / "scorer.safetensors"
+        save_scorer(path, self.scorer_file())
+        heads, _, head_dim = self.store.read("window-0", f"{self.layers[0]}.")["key"].shape
+        width = self.model.config.get_text_config().hidden_size
+        scorers = {
+            layer: load_layer(str(path), layer, heads, head_dim, None, self.device, width)
+            for layer in self.layers
+        }
+
+        def score(
+            layer: int, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor | None
+        ) -> torch.Tensor:
+            position = torch.arange(key.shape[0], device=key.device)
+            return scorers[layer].score(key, value, position, hidden)
+
+        return measure_damage(
+            self.model, window, score, self.capturing.hidden, self.layers, budget, tick
+        )
+
+    def scorer_file(self, shares: torch.Tensor | None = None) -> ScorerFile:
+        """Everything fitted so far, as the file holds it; shares: of the budget, by layer."""
+        layers = {layer: self.store.read(f"layer-{layer}") for layer in self.layers}
+        for tensors in layers.values():
+            del tensors["curve"]
+        header = ScorerHeader(
+            kind="mlp" if self.settings.solve.hidden_units else "linear",
+            features=self.features,
+            rope="neox" if self.rope is not None else None,
+            model=self.fingerprint,
+        )
+        return ScorerFile(
+            header, layers, None if self.rope is None else self.rope.inv_freq, shares,
+            self.source, self.settings.solve.seed,
+        )  # fmt: skip
+
+
+def _held_out(windows: list[Window]) -> list[int]:
+    """The last plain and the last retrieval window, if others of their kind are left."""
+    kinds = [
+        [i for i, w in enumerate(windows) if bool(w.answers) == asked] for asked in (False, True)
+    ]
+    return [kind[-1] for kind in kinds if len(kind) > 1] or [0]

@@ -1,0 +1,62 @@
+"""Sparse attention inside transformers, by the kernels that serve it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.prefill import api as prefill_api
+from vllm_sparsek.kernels.select import api as select_api
+
+PAGE = 64
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: torch.Tensor,
+    budget: Budget,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of one request from position 0, every query beyond the budget sparse.
+
+    Args:
+        query: [Hq, n, D]; key, value: [H, n, D].
+        scores: [H, n] float32.
+        budget: of token granularity.
+        scale: softmax scale.
+
+    Returns:
+        [Hq, n, D].
+    """
+    heads, n, head_dim = key.shape
+    first = budget.first_sparse_position(n)
+    group = query.shape[0] // heads
+    dense = F.scaled_dot_product_attention(
+        query[None, :, :first], key.repeat_interleave(group, 0)[None, :, :first],
+        value.repeat_interleave(group, 0)[None, :, :first], is_causal=True, scale=scale,
+    )[0]  # fmt: skip
+    if first >= n:
+        return dense
+    pages = -(-n // PAGE)
+    padding = (0, 0, 0, pages * PAGE - n)
+    cache = F.pad(torch.cat([key, value], -1), padding).view(heads, pages, PAGE, -1)
+    paged_scores = F.pad(scores, padding[2:]).view(heads, pages, PAGE).transpose(0, 1).contiguous()
+    kv_cache = cache.transpose(0, 1).contiguous()
+    # items: one a refresh block
+    device = query.device
+    position = torch.arange(first, n, budget.refresh, dtype=torch.int32, device=device)
+    row = torch.zeros_like(position)
+    length = (n - position).clamp(max=budget.refresh).int()
+    table = torch.arange(pages, dtype=torch.int32, device=device)[None]
+    shape = (len(position), heads, budget.max_units(n))
+    units = torch.empty(shape, dtype=torch.int32, device=device)
+    select_api.select(paged_scores, table, row, position, budget, "lse", False, units)
+    q = query.transpose(0, 1).contiguous()
+    out = torch.empty_like(q)
+    prefill_api.prefill(
+        q, kv_cache, table, row, position, position, length, units, None, budget, scale, out
+    )
+    return torch.cat([dense, out[first:].transpose(0, 1)], dim=1)
