@@ -85,7 +85,9 @@ def prefix(scores: torch.Tensor, k: int, tau_out: torch.Tensor, expiry_out: torc
     place = torch.arange(scores.shape[1]).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, place)
     lowest = torch.finfo(scores.dtype).min
-    for row, lists in enumerate(zip(scores, ordered, order, rank, strict=True)):
-        tau, expiry = walk(*(values.tolist() for values in lists), k)
+    for row in range(scores.shape[0]):
+        tau, expiry = walk(
+            scores[row].tolist(), ordered[row].tolist(), order[row].tolist(), rank[row].tolist(), k
+        )
         tau_out[row] = torch.tensor(tau, dtype=torch.float64).clamp(min=lowest)
         expiry_out[row] = torch.tensor(expiry, dtype=torch.int32)
