@@ -2,6 +2,7 @@
 
     python tests/kernels/time_kernels.py [--context 32768] [--rows 16]
 
+Without a GPU only the training operations are timed, on small rows: medians of plain calls.
 Not a benchmark: no baseline, no report. It tells which kernel to look at.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -16,11 +18,15 @@ import torch
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api
+from vllm_sparsek.kernels.prefix import api as prefix_api
 from vllm_sparsek.kernels.score import api as score_api
 from vllm_sparsek.kernels.select import api as select_api
+from vllm_sparsek.training.operator import sparsek
 
 QUERY_HEADS, HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16
 WINDOW, SINKS, PREFILL_REFRESH = 256, 4, 128
+# score rows of training: layers x KV heads of a 0.5B model, or few and short ones for a CPU
+TRAINING_ROWS = {"cuda": (48, 32768, 2048), "cpu": (8, 2048, 256)}  # rows, n, k
 WARMUP, REPLAYS, CALLS = 3, 25, 10  # calls inside one graph, so that its launch costs little
 
 
@@ -42,6 +48,33 @@ def microseconds(call: Callable[[], None]) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1000 / CALLS)
     return statistics.median(times)
+
+
+def milliseconds(call: Callable[[], object], device: str) -> float:
+    """Median time of one plain call: training runs outside of CUDA graphs."""
+    times = []
+    for _ in range(WARMUP + REPLAYS):
+        begin = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1000)
+    return statistics.median(times[WARMUP:])
+
+
+def training(device: str) -> None:
+    """Print the times of the SparseK operator and of its prefix version."""
+    rows, n, k = TRAINING_ROWS[device]
+    z = torch.randn(rows, n, device=device, requires_grad=True)
+    p = sparsek(z, k)
+    weight = torch.randn_like(p)
+    forward = milliseconds(lambda: sparsek(z, k), device)
+    backward = milliseconds(lambda: torch.autograd.grad(p, z, weight, retain_graph=True), device)
+    tau, expiry = torch.empty_like(p), torch.empty_like(p, dtype=torch.int32)
+    prefix = milliseconds(lambda: prefix_api.prefix(z.detach(), k, tau, expiry), device)
+    shape = f"{device}, {rows} rows of {n} float32 scores, k={k}; milliseconds"
+    print(f"sparsek: forward {forward:.2f}, backward {backward:.2f} ({shape})", flush=True)
+    print(f"prefix: thresholds and expiry times {prefix:.2f} ({shape})", flush=True)
 
 
 class Bench:
@@ -143,6 +176,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=8192, help="prefill tokens")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        training("cpu")
+        return
     bench = Bench(arguments.rows, arguments.context)
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, {arguments.rows} x {arguments.context} tokens,")
@@ -162,6 +198,7 @@ def main() -> None:
     for new in (1, 512):
         write, keydiff = bench.score(new)
         print(f"score {new} new a row: write {write:.1f}, keydiff {keydiff:.1f}", flush=True)
+    training("cuda")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def prefix(scores: torch.Tensor, k: int, tau_out: torch.Tensor, expiry_out: torc
             seen = u[: i + 1]
             tau = prefix_threshold(seen[seen > float("-inf")], k)
             tau_out[row, i] = max(tau, lowest)
-            for j in range(i + 1):
-                better = (seen > u[j]).sum() + (seen[:j] == u[j]).sum()
-                if better >= k:
-                    expiry_out[row, j] = min(int(expiry_out[row, j]), i)
+            above = seen > seen[:, None]  # [j, other]
+            earlier = (seen == seen[:, None]).tril(-1)
+            lost = (above | earlier).sum(1) >= k
+            first = lost & (expiry_out[row, : i + 1] == n)
+            expiry_out[row, : i + 1][first] = i
