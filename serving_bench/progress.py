@@ -23,6 +23,7 @@ class Progress:
 
     def __init__(self, console: Console, steps: int) -> None:
         self._console = console
+        self._steps = steps
         self._bar = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -41,6 +42,11 @@ class Progress:
 
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
+
+    def more(self, steps: int) -> None:
+        """Raise the number of steps."""
+        self._steps += steps
+        self._bar.update(self._overall, total=self._steps)
 
     def say(self, line: str) -> None:
         """Print one line above the bar, never wrapped, so that it can be searched for."""

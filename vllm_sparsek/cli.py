@@ -31,6 +31,9 @@ COMMANDS = (
         "compare attention backends under vLLM's own serving benchmark",
     ),
     Command(
+        ("fit",), "vllm_sparsek.training.cli", "fit a scorer to a model from its own attention"
+    ),
+    Command(
         ("demo",),
         "vllm_sparsek.serving_bench.demo.cli",
         "a real model and question on this machine, then a small benchmark",

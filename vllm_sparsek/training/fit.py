@@ -1,9 +1,8 @@
-"""`vllm-sparsek fit`: capture dense attention, fit every layer, split the budget, write the file."""
+"""`vllm-sparsek fit`: capture dense attention, fit every layer, split the budget, write a file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from vllm_sparsek.model_id import model_fingerprint
 from vllm_sparsek.scorers.features import Rope, concatenate
 from vllm_sparsek.scorers.learned import load_layer
 from vllm_sparsek.scorers.scorer_file import ScorerFile, ScorerHeader, save_scorer
+from vllm_sparsek.serving_bench.progress import Progress
 from vllm_sparsek.training.budgets import DAMAGE_TOKENS, allocate, curve, measure_damage
 from vllm_sparsek.training.capture import Capture, CaptureSettings, load_model
 from vllm_sparsek.training.data import (
@@ -31,9 +31,6 @@ from vllm_sparsek.training.store import Store
 # recall is reported, and budgets are split, at this share of the context
 SHARE = 0.25
 REFRESH = 64
-# shows one step under way; called without arguments it redraws
-Step = Callable[[str], AbstractContextManager[Callable[[], None]]]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,13 @@ class LayerReport:
     answer_recall: float
 
 
-def fit(settings: FitSettings, out: Path, step: Step, say: Say) -> list[LayerReport]:
+def fit(settings: FitSettings, out: Path, progress: Progress) -> list[LayerReport]:
     """Fit a scorer and write it to ``out``; an interrupted fit goes on where it stopped.
 
     Args:
         settings: what is fitted.
         out: the scorer file; finished steps are kept beside it until it is written.
-        step: shows one step under way; say: prints a line.
+        progress: shows the steps.
 
     Returns:
         one report a layer.
@@ -97,8 +94,8 @@ def fit(settings: FitSettings, out: Path, step: Step, say: Say) -> list[LayerRep
     record = {**asdict(settings), "data": source, "model": fingerprint}
     store = Store(out.with_name(f".{out.name}.work"), record)
     if store.resumed:
-        say("going on where an earlier fit with the same settings stopped")
-    run = _Run(settings, store, step, say, source, fingerprint)
+        progress.say("going on where an earlier fit with the same settings stopped")
+    run = _Run(settings, store, progress, source, fingerprint)
     run.load(texts)
     run.capture()
     reports = run.fit_layers()
@@ -123,12 +120,11 @@ class _Run:
         self,
         settings: FitSettings,
         store: Store,
-        step: Step,
-        say: Say,
+        progress: Progress,
         source: str,
         fingerprint: str | None,
     ) -> None:
-        self.settings, self.store, self.step, self.say = settings, store, step, say
+        self.settings, self.store, self.progress = settings, store, progress
         self.source, self.fingerprint = source, fingerprint
         self.device = torch.device(settings.device)
         self.capturing = CaptureSettings(
@@ -140,7 +136,7 @@ class _Run:
         from transformers import AutoTokenizer
 
         settings = self.settings
-        with self.step("load the model"):
+        with self.progress.task("load the model"):
             self.model = load_model(settings.model, self.device, torch.bfloat16)
             self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
             self.windows = training_windows(
@@ -161,7 +157,9 @@ class _Run:
         for index, window in enumerate(self.windows):
             if self.store.has(f"window-{index}"):
                 continue
-            with self.step(f"read window {index + 1} of {len(self.windows)}: {window.name}"):
+            with self.progress.task(
+                f"read window {index + 1} of {len(self.windows)}: {window.name}"
+            ):
                 found = capture.run(window.ids, window.answers)
                 tensors = {
                     f"{layer}.{name}": tensor
@@ -171,6 +169,7 @@ class _Run:
                 }
                 self.store.write(f"window-{index}", tensors, sorted(found))
         self.layers: list[int] = self.store.record("window-0")
+        self.progress.more(len(self.layers))
 
     def _layer(self, layer: int, windows: list[int]) -> tuple[torch.Tensor, Targets]:
         """Features [H, W, n, F] and targets of one layer."""
@@ -205,11 +204,11 @@ class _Run:
         for layer in self.layers:
             name = f"layer-{layer}"
             if not self.store.has(name):
-                with self.step(f"fit layer {layer}"):
+                with self.progress.task(f"fit layer {layer}"):
                     self._fit_layer(layer)
             report = LayerReport(**self.store.record(name))
             reports.append(report)
-            self.say(
+            self.progress.say(
                 f"layer {layer}: loss {report.loss:.4f}; at {SHARE:.0%} of the context keeps "
                 f"{report.recall:.1%} of far attention, {report.answer_recall:.1%} of answers'"
             )
@@ -228,21 +227,21 @@ class _Run:
             recall.item(), answer_recall.item(),
         )  # fmt: skip
         dropping = curve(scores, targets, SHARE, solve.split)
-        self.store.write(
-            f"layer-{layer}", {**scorer.tensors(), "curve": dropping}, asdict(report)
-        )
+        self.store.write(f"layer-{layer}", {**scorer.tensors(), "curve": dropping}, asdict(report))
 
     def split_budget(self) -> torch.Tensor:
         """Relative budgets of all layers of the model, 0 for those that are not sparse."""
         if not self.store.has("damage"):
-            with self.step(f"measure {len(self.layers)} layers' damage") as tick:
+            with self.progress.task(f"measure {len(self.layers)} layers' damage") as tick:
                 damage = self._damage(tick)
                 self.store.write("damage", {"damage": torch.tensor(damage)})
         curves = torch.stack([self.store.read(f"layer-{layer}")["curve"] for layer in self.layers])
         given = allocate(curves, self.store.read("damage")["damage"])
         shares = torch.zeros(max(self.layers) + 1)
         shares[self.layers] = given
-        self.say("budget by layer: " + " ".join(f"{share:.2f}" for share in shares.tolist()))
+        self.progress.say(
+            "budget by layer: " + " ".join(f"{share:.2f}" for share in shares.tolist())
+        )
         return shares
 
     def _damage(self, tick: Callable[[], None]) -> list[float]:

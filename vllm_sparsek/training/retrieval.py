@@ -11,26 +11,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-FIRST_NAMES = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FIRST_NAMES = _words(
     "Marta Jonas Priya Kwame Elena Tobias Yuki Omar Ingrid Felix Leila Bruno Sofia Anders Mei "
-    "Rafael Nadia Igor Clara Dmitri Amara Henrik Lucia Pavel Zainab Oscar Freya Mateo Hana Viktor"
-).split()
-LAST_NAMES = (
+    "Rafael Nadia Igor Clara Dmitri Amara Henrik Lucia Pavel Zainab Oscar Freya Mateo Hana "
+    "Viktor"
+)
+LAST_NAMES = _words(
     "Ellison Okafor Lindgren Petrov Castillo Nakamura Brandt Haddad Moreau Kowalski Osei Varga "
     "Romano Fischer Silva Dahl Ivanova Tanaka Weber Novak Reyes Larsen Mbeki Rossi Sato Keller"
-).split()
-ADJECTIVES = (
+)
+ADJECTIVES = _words(
     "amber quiet northern broken velvet copper hollow silver crooked frozen crimson distant "
     "gentle rusty narrow sunken golden marble ancient wooden"
-).split()
-NOUNS = (
+)
+NOUNS = _words(
     "lantern harbor compass orchard violin saddle anchor teapot ladder mirror kettle bridge "
     "parcel garden window wagon basket chapel statue river"
-).split()
-CITIES = (
+)
+CITIES = _words(
     "Lisbon Oslo Nairobi Quito Hanoi Dublin Tbilisi Riga Accra Lima Cairo Porto Bergen Kyoto "
     "Tunis Salvador Leeds Turin Ghent Malmo"
-).split()
+)
 
 
 @dataclass(frozen=True)

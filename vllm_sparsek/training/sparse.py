@@ -31,7 +31,7 @@ def sparse_attention(
     Returns:
         [Hq, n, D].
     """
-    heads, n, head_dim = key.shape
+    heads, n, _ = key.shape
     first = budget.first_sparse_position(n)
     group = query.shape[0] // heads
     dense = F.scaled_dot_product_attention(

@@ -1,0 +1,145 @@
+"""`vllm-sparsek fit`: from the command line to a fit, its log and its plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+DESCRIPTION = """\
+Fit a scorer to a model: which tokens of a long context each KV head should keep, learned from
+what the model's own dense attention looks at. The model stays as it is. Minutes, on one GPU or
+a few CPU cores; an interrupted fit goes on when the same command is given again.
+"""
+EPILOG = """\
+example:
+  vllm-sparsek fit MODEL --data book.txt chats/ src/ --out scorer.safetensors
+  vllm serve MODEL --attention-backend sparsek \\
+      --additional-config '{"sparsek": {"scorer_path": "scorer.safetensors"}}'
+"""
+DEFAULT_FEATURES = "key_unrotated,key,value"
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    shares = tuple(float(part) for part in text.split(","))
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise argparse.ArgumentTypeError("shares of the context lie between 0 and 1")
+    return shares
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return value
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.description = DESCRIPTION
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", metavar="MODEL", help="name or folder of the model")
+    parser.add_argument(
+        "--data", nargs="+", default=(), metavar="PATH",
+        help="text files, or folders of .txt, .md and .py files, like what the model will read "
+        "(default: the source of Python's standard library)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the scorer file")
+    parser.add_argument(
+        "--windows", type=_at_least(3), default=10,
+        help="training windows; 40%% are retrieval prompts, two are held out (default: 10)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--window-tokens", type=_at_least(2048), default=8192, help="length of one (default: 8192)"
+    )
+    parser.add_argument(
+        "--input", default=DEFAULT_FEATURES, metavar="A,B",
+        help="what a scorer sees of a token: key_unrotated, key, value, hidden "
+        f"(default: {DEFAULT_FEATURES})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hidden-units", type=_at_least(0), default=0, metavar="N",
+        help="width of a small MLP instead of a linear scorer (default: 0, linear)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shares", type=_shares, default=(0.12, 0.25, 0.5), metavar="A,B",
+        help="budgets to fit for, as shares of the context (default: 0.12,0.25,0.5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=_at_least(0), default=60,
+        help="steps of gradient descent a layer after the closed form (default: 60)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--uniform-layers", action="store_true", help="give every layer the same budget"
+    )
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="default: 0")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the fit; return the exit status."""
+    import torch
+    from rich.console import Console
+
+    from vllm_sparsek.scorers.scorer_file import FEATURES, ScorerFileError
+    from vllm_sparsek.serving_bench.errors import Interrupted
+    from vllm_sparsek.serving_bench.processes import interruptible
+    from vllm_sparsek.serving_bench.progress import Progress
+    from vllm_sparsek.training.data import DataError
+    from vllm_sparsek.training.fit import FitSettings, fit
+    from vllm_sparsek.training.plot import draw
+    from vllm_sparsek.training.solve import SolveSettings
+
+    features = tuple(name.strip() for name in args.input.split(","))
+    unknown = [name for name in features if name not in FEATURES]
+    problem = None
+    if unknown:
+        problem = f"--input {unknown[0]}: unknown; known are {', '.join(FEATURES)}."
+    elif not args.out.parent.is_dir():
+        problem = f"--out {args.out}: there is no folder {args.out.parent}."
+    elif args.out.suffix != ".safetensors":
+        problem = f"--out {args.out}: the name must end in .safetensors."
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    settings = FitSettings(
+        model=args.model,
+        data=tuple(args.data),
+        window_tokens=args.window_tokens,
+        windows=args.windows,
+        features=features,
+        layer_budgets=not args.uniform_layers,
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        solve=SolveSettings(
+            shares=args.shares, hidden_units=args.hidden_units, steps=args.steps, seed=args.seed
+        ),
+    )
+    try:
+        with interruptible(), Progress(Console(), steps=args.windows + 2) as progress:
+            reports = fit(settings, args.out, progress)
+    except (DataError, ScorerFileError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 128 + stop.signum
+    log = args.out.with_suffix(".json")
+    log.write_text(
+        json.dumps(
+            {"settings": asdict(settings), "layers": [asdict(report) for report in reports]},
+            indent=1,
+        )
+    )
+    plot = args.out.with_suffix(".png")
+    plot.write_bytes(draw(reports, args.out.name))
+    recall = sum(report.recall for report in reports) / len(reports)
+    print(f"{args.out}: keeps {recall:.1%} of far attention at a quarter of the context.")
+    print(f"log: {log}, plot: {plot}")
+    return 0
