@@ -24,12 +24,12 @@ Score = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.T
 # a layer keeps at least this share of its even part
 LEAST_SHARE = 0.25
 # and at most this multiple: a layer that needs more is better made dense by hand
-MOST_SHARE = 3.0
+MOST_SHARE = 4.0
 # places are given in this many steps a layer
 STEPS = 64
 # points of the curve of dropped attention
-POINTS = 13
-# tokens of the windows that damage is measured on, and every how many of them one is looked at
+POINTS = 17
+# tokens of the window that damage is measured on, and every how many of them one is looked at
 DAMAGE_TOKENS = 4096
 DAMAGE_STRIDE = 4
 # what the answers' divergence counts beside that of all tokens
@@ -71,7 +71,7 @@ def measure_damage(
 
     Args:
         model: from ``capture.load_model``.
-        window: the last ``DAMAGE_TOKENS`` of it are read.
+        window: what is read.
         score: (layer, key, value [T, H, D], hidden [T, E] or None) -> scores [T, H].
         hidden: whether ``score`` reads hidden states.
         layers: which.
@@ -80,9 +80,8 @@ def measure_damage(
     Returns:
         KL divergence in nats, of all tokens plus ``ANSWER_WEIGHT`` times that of answers.
     """
-    cut = max(0, len(window.ids) - DAMAGE_TOKENS)
-    ids = torch.tensor(window.ids[cut:], device=model.device)[None]
-    answers = [p - cut for first, end in window.answers for p in range(first, end) if first > cut]
+    ids = torch.tensor(window.ids, device=model.device)[None]
+    answers = [p for first, end in window.answers for p in range(first, end)]
     first = budget.first_sparse_position(ids.shape[1])
     plain = torch.arange(first, ids.shape[1], DAMAGE_STRIDE, device=model.device)
 

@@ -105,15 +105,20 @@ def training_windows(
     plain = [
         _text_window(tokenizer, texts[i % len(texts)], tokens, r) for i in range(count - retrieval)
     ]
-    facts = max(1, tokens // TOKENS_PER_FACT)
-    hidden = []
-    for i in range(retrieval):
-        text = texts[i % len(texts)]
-        chat = i % 2 == 1 and tokenizer.chat_template is not None
-        made = retrieval_window(tokenizer, text.content, tokens, r.randrange(1 << 30), facts, chat)
-        name = f"{'chat' if chat else 'questions'} over {text.name}"
-        hidden.append(Window(name, made.ids, made.answer_queries))
+    hidden = [
+        asking_window(tokenizer, texts[i % len(texts)], tokens, r.randrange(1 << 30), i % 2 == 1)
+        for i in range(retrieval)
+    ]
     return plain + hidden
+
+
+def asking_window(tokenizer: Any, text: Text, tokens: int, seed: int, chat: bool) -> Window:
+    """One retrieval prompt over a text; a chat only if the model has a template."""
+    chat = chat and tokenizer.chat_template is not None
+    facts = max(1, tokens // TOKENS_PER_FACT)
+    made = retrieval_window(tokenizer, text.content, tokens, seed, facts, chat)
+    return Window(f"{'chat' if chat else 'questions'} over {text.name}", made.ids,
+                  made.answer_queries)  # fmt: skip
 
 
 def _text_window(tokenizer: Any, text: Text, tokens: int, r: random.Random) -> Window:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm_sparsek.training.budgets import DAMAGE_TOKENS, allocate, curve, measur
 from vllm_sparsek.training.capture import Capture, CaptureSettings, load_model
 from vllm_sparsek.training.data import (
     Window,
+    asking_window,
     digest,
     read_texts,
     standard_library,
@@ -127,9 +128,14 @@ class _Run:
         self.settings, self.store, self.progress = settings, store, progress
         self.source, self.fingerprint = source, fingerprint
         self.device = torch.device(settings.device)
+        # proportions of a window: eight segments, and tokens nearer than a sixteenth of it are
+        # taken to be in the sliding window anyway
+        tokens = settings.window_tokens
+        gap = min(settings.solve.split.window, tokens // 16)
         self.capturing = CaptureSettings(
-            hidden="hidden" in settings.features, gap=settings.solve.split.window
+            segment=tokens // 8, gap=gap, hidden="hidden" in settings.features
         )
+        self.solve = replace(settings.solve, split=replace(settings.solve.split, window=gap))
 
     def load(self, texts: list[Any]) -> None:
         """The model and its training windows."""
@@ -142,6 +148,11 @@ class _Run:
             self.windows = training_windows(
                 self.tokenizer, texts, settings.window_tokens, settings.windows,
                 settings.solve.seed,
+            )  # fmt: skip
+            # one more, for the damage of layers: not among those fitted to
+            self.probe = asking_window(
+                self.tokenizer, texts[-1], min(DAMAGE_TOKENS, settings.window_tokens),
+                settings.solve.seed + 1, True,
             )  # fmt: skip
         self.rope = rope_of(self.model) if "key_unrotated" in settings.features else None
         self.features = tuple(
@@ -215,7 +226,7 @@ class _Run:
         return reports
 
     def _fit_layer(self, layer: int) -> None:
-        solve = self.settings.solve
+        solve = self.solve
         x, targets = self._layer(layer, self.training)
         scorer, losses = fit_layer(x, targets, self.capturing.gap, solve)
         x, targets = self._layer(layer, self.held_out)
@@ -245,8 +256,8 @@ class _Run:
         return shares
 
     def _damage(self, tick: Callable[[], None]) -> list[float]:
-        split, window = self.settings.solve.split, self.windows[self.held_out[-1]]
-        kept = int(SHARE * min(DAMAGE_TOKENS, len(window.ids)))
+        split = self.solve.split
+        kept = int(SHARE * len(self.probe.ids))
         reach = split.window_of(kept)
         budget = Budget(k=kept - reach - split.sinks, window=reach, sinks=split.sinks,
                         refresh=REFRESH)  # fmt: skip
@@ -266,7 +277,7 @@ class _Run:
             return scorers[layer].score(key, value, position, hidden)
 
         return measure_damage(
-            self.model, window, score, self.capturing.hidden, self.layers, budget, tick
+            self.model, self.probe, score, self.capturing.hidden, self.layers, budget, tick
         )
 
     def scorer_file(self, shares: torch.Tensor | None = None) -> ScorerFile:

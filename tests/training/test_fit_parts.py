@@ -1,0 +1,204 @@
+"""Data, objective, solver and budget split of a fit, each by itself."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from vllm_sparsek.scorers.learned import LearnedScorer
+from vllm_sparsek.training.budgets import LEAST_SHARE, MOST_SHARE, POINTS, allocate, curve
+from vllm_sparsek.training.data import DataError, Text, read_texts, training_windows
+from vllm_sparsek.training.objective import Split, Targets, competitions, dropped, kept_share
+from vllm_sparsek.training.retrieval import FAMILIES, retrieval_window
+from vllm_sparsek.training.solve import SolveSettings, fit_layer, normalised
+from vllm_sparsek.training.store import Store
+
+SPLIT = Split(window=8, sinks=2)
+HEADS, WINDOWS, N, SEGMENT = 2, 4, 256, 32
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+def planted(width: int = 6, seed: int = 0) -> tuple[torch.Tensor, Targets, torch.Tensor]:
+    """Features, and attention that a linear function of them governs."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(HEADS, WINDOWS, N, width, generator=g) * 3 + 1
+    weight = torch.randn(HEADS, width, generator=g)
+    truth = torch.einsum("hwnf,hf->hwn", x, weight)
+    mass = torch.zeros(WINDOWS, N // SEGMENT, HEADS, N)
+    for s in range(1, N // SEGMENT):
+        mass[:, s, :, : s * SEGMENT] = truth[..., : s * SEGMENT].softmax(-1).transpose(0, 1)
+    return x, Targets(mass, torch.zeros(WINDOWS, HEADS, N), SEGMENT), truth
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_a_retrieval_window_has_its_length_and_every_answer_twice(tokenizer, long_text, chat):
+    made = retrieval_window(tokenizer, long_text, 1500, 7, facts=6, chat=chat)
+    assert len(made.ids) == 1500
+    assert len(made.answer_queries) == 6
+    body = tokenizer.decode(made.ids[: made.answer_queries[0][0] - 20])
+    for first, end in made.answer_queries:
+        answer = tokenizer.decode(made.ids[first + 1 : end + 1]).strip()
+        assert answer
+        assert answer.split(",")[0] in body, "the fact stands in the text before the questions"
+
+
+def test_retrieval_windows_follow_from_their_seed(tokenizer, long_text):
+    one, same, other = (retrieval_window(tokenizer, long_text, 900, s, 4) for s in (1, 1, 2))
+    assert one == same
+    assert one.ids != other.ids
+
+
+def test_too_many_facts_are_refused(tokenizer, long_text):
+    with pytest.raises(ValueError, match="do not fit into 400 tokens"):
+        retrieval_window(tokenizer, long_text, 400, 0, facts=40)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__.strip("_"))
+def test_a_fact_states_its_answer(family):
+    fact = family(random.Random(3))
+    assert fact.answer.split(",")[0] in fact.statement
+    assert fact.answer not in fact.question
+
+
+def test_windows_come_from_all_texts_and_40_percent_ask(tokenizer, long_text):
+    texts = [Text("a", long_text), Text("b", long_text[::-1])]
+    windows = training_windows(tokenizer, texts, 512, 10, 0)
+    assert [len(w.ids) for w in windows] == [512] * 10
+    assert sum(bool(w.answers) for w in windows) == 4
+    assert {w.name for w in windows} >= {"text a", "text b", "chat over b", "questions over a"}
+    assert windows == training_windows(tokenizer, texts, 512, 10, 0)
+
+
+def test_unusable_texts_are_refused_by_name(tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"nowhere.txt: no such file"):
+        read_texts([tmp_path / "nowhere.txt"])
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"binary.txt: not UTF-8"):
+        read_texts([tmp_path / "binary.txt"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no text in it"):
+        read_texts([tmp_path / "empty"])
+    with pytest.raises(DataError, match=r"short: .* shorter than one window of 512"):
+        training_windows(tokenizer, [Text("short", "a few words")], 512, 4, 0)
+
+
+def test_hard_scores_drop_exactly_what_top_k_leaves():
+    _, targets, truth = planted()
+    # far apart, the operator's gates are 0 or 1: its loss is that of top-k
+    scores = truth.argsort(-1).argsort(-1).float() * 10
+    loss, count = 0.0, 0
+    for c in competitions(N // SEGMENT, SEGMENT, (0.25,), SPLIT):
+        z = scores[..., c.first : c.end]
+        out = z < z.topk(c.k, -1).values[..., -1:]
+        paid = targets.mass[:, c.segment, :, c.first : c.end].transpose(0, 1)
+        loss, count = loss + (out * paid).sum(-1).mean().item(), count + 1
+    assert count > 2
+    assert dropped(scores, targets, (0.25,), SPLIT).item() == pytest.approx(loss / count, abs=1e-5)
+
+
+def test_competitions_keep_the_budget():
+    for c in competitions(8, 1024, (0.12, 0.25, 0.5), Split()):
+        context = c.segment * 1024 + 512
+        window = c.segment * 1024 - c.end
+        assert c.k + window + c.first == int(c.share * context)
+        assert 1 <= c.k < c.end - c.first
+
+
+def test_recall_is_one_for_the_truth_of_a_peaked_attention_and_low_for_its_opposite():
+    _, targets, truth = planted()
+    best, _ = kept_share(truth, targets, 0.5, SPLIT)
+    worst, _ = kept_share(-truth, targets, 0.5, SPLIT)
+    assert best > 0.95
+    assert worst < 0.1
+
+
+def test_the_closed_form_finds_a_planted_scorer_and_steps_do_not_lose_it():
+    x, targets, truth = planted()
+    best, _ = kept_share(truth, targets, 0.25, SPLIT)
+    for steps in (0, 20):
+        settings = SolveSettings(shares=(0.25,), split=SPLIT, steps=steps)
+        scorer, losses = fit_layer(x, targets, 8, settings)
+        found, _ = kept_share(scorer(normalised(x)[0]).detach(), targets, 0.25, SPLIT)
+        assert found > 0.97 * best
+        assert len(losses) == steps
+
+
+def test_steps_lower_the_loss_where_the_closed_form_cannot_fit():
+    x, targets, _ = planted()
+    # what counts is not linear in the features
+    x = x.clone()
+    x[..., 0] = x[..., 0].abs()
+    settings = SolveSettings(shares=(0.25,), split=SPLIT, steps=60)
+    _, losses = fit_layer(x, targets, 8, settings)
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@pytest.mark.parametrize("hidden_units", [0, 5], ids=["linear", "mlp"])
+def test_the_files_tensors_score_like_the_fitted_scorer(hidden_units):
+    g = torch.Generator().manual_seed(1)
+    key, value = torch.randn(2, N, HEADS, 3, generator=g) * 2 + 1
+    x = torch.cat([key, value], -1).transpose(0, 1)[:, None].expand(-1, WINDOWS, -1, -1)
+    _, targets, _ = planted()
+    settings = SolveSettings((0.25,), SPLIT, hidden_units=hidden_units, steps=3)
+    scorer, _ = fit_layer(x, targets, 8, settings)
+    t = scorer.tensors()
+    if hidden_units:
+        served = LearnedScorer(t["w2"], t["b2"], t["w1"].double(), t["b1"].double(),
+                               slope=t["slope"])  # fmt: skip
+    else:
+        served = LearnedScorer(t["weight"], t["bias"], slope=t["slope"])
+    expected = scorer(normalised(x)[0])[:, 0].T
+    found = served.score(key, value, torch.arange(N))
+    torch.testing.assert_close(found, expected.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_fit_follows_from_its_seed():
+    x, targets, _ = planted()
+    settings = SolveSettings((0.25,), SPLIT, hidden_units=4, steps=5, seed=3)
+    (one, _), (same, _) = (fit_layer(x, targets, 8, settings) for _ in range(2))
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, same.tensors()[name]), name
+
+
+def test_a_curve_falls_from_everything_to_what_most_places_leave():
+    _, targets, truth = planted()
+    found = curve(truth, targets, 0.25, SPLIT)
+    assert found.shape == (POINTS,)
+    assert (found.diff() <= 1e-6).all()
+    even = POINTS // int(MOST_SHARE)
+    recall, _ = kept_share(truth, targets, 0.25, SPLIT)
+    assert found[even].item() / found[0].item() == pytest.approx(1 - recall.item(), abs=0.02)
+
+
+def test_budgets_keep_their_total_and_go_where_damage_is():
+    shape = 1 / torch.arange(1, POINTS + 1).double()
+    given = allocate(shape.repeat(4, 1), torch.tensor([1.0, 1.0, 1.0, 20.0]))
+    assert given.mean() == pytest.approx(1)
+    assert given[3] == given.max() > 1.5
+    assert given.min() >= LEAST_SHARE
+    even = allocate(shape.repeat(4, 1), torch.ones(4))
+    assert (even - 1).abs().max() <= 0.05
+
+
+def test_a_store_goes_on_with_the_same_settings_only(tmp_path):
+    store = Store(tmp_path / "work", {"seed": 1, "shares": (0.1, 0.2)})
+    assert not store.resumed
+    store.write("a", {"x.y": torch.ones(2), "z": torch.zeros(1)}, {"loss": 0.5})
+    again = Store(tmp_path / "work", {"seed": 1, "shares": (0.1, 0.2)})
+    assert again.resumed
+    assert again.has("a")
+    assert list(again.read("a", "x.")) == ["y"]
+    assert again.record("a") == {"loss": 0.5}
+    other = Store(tmp_path / "work", {"seed": 2})
+    assert not other.resumed
+    assert not other.has("a")
+    other.remove()
+    assert not (tmp_path / "work").exists()
