@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         print(import_scorer(args.source, args.model, args.out))
     except (ImportScorerError, ScorerFileError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
