@@ -18,7 +18,8 @@ PROMPTS = random_prompts((600, 330))
 KINDS = {
     "linear": ("linear", ("hidden",)),
     "mlp": ("mlp", ("hidden",)),
-    "with keys": ("linear", ("key_unrotated", "value", "hidden")),
+    # without the rotated key, equal tokens of the first layer would tie but for rounding
+    "with keys": ("linear", ("key", "key_unrotated", "hidden")),
 }
 
 
