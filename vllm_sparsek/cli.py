@@ -38,6 +38,11 @@ COMMANDS = (
         "vllm_sparsek.serving_bench.demo.cli",
         "a real model and question on this machine, then a small benchmark",
     ),
+    Command(
+        ("import-scorer",),
+        "vllm_sparsek.scorer_import",
+        "convert a published KVzap scorer into a scorer file",
+    ),
 )
 # the words that only group commands
 GROUPS: dict[tuple[str, ...], str] = {("bench",): "measure speed"}

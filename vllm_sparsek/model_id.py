@@ -27,7 +27,7 @@ def model_fingerprint(model: str, revision: str | None = None) -> str | None:
     Returns:
         64 hexadecimal digits, or None if no (complete, readable) weights are found.
     """
-    folder = _folder(model, revision)
+    folder = local_folder(model, revision)
     files = _weight_files(folder) if folder is not None else None
     if not files:
         return None
@@ -38,7 +38,8 @@ def model_fingerprint(model: str, revision: str | None = None) -> str | None:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _folder(model: str, revision: str | None) -> Path | None:
+def local_folder(model: str, revision: str | None = None) -> Path | None:
+    """Folder of a checkpoint: itself, or its place in the local cache; None without one."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download

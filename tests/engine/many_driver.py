@@ -1,6 +1,7 @@
 """Runs many small engines one after another in this process and prints their answers as JSON.
 
-argv[1]: a JSON file with a list of specifications, see driver.py. A model that cannot be served
+argv[1]: a JSON file with a list of specifications, see driver.py; "scores": n adds the scores of
+the first request's first n tokens. A model that cannot be served
 gives {"error": ...} instead of answers. With engines in the process itself, starting one takes
 seconds; what happens between processes is for driver.py to show.
 """
@@ -36,6 +37,18 @@ def density(llm: Any) -> float | None:
     return attended / context
 
 
+def scores(llm: Any, tokens: int) -> dict[str, Any]:
+    """[tokens][KV heads] scores of every layer; a fresh pool hands out blocks 1, 2, ..."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    found = {}
+    for name, layer in layers.items():
+        if name.endswith(".sparsek_scores"):
+            cache, _ = layer.views()
+            pages = cache[1:].transpose(1, 2).flatten(0, 1)
+            found[name] = pages[:tokens].tolist()
+    return found
+
+
 def managers(llm: Any) -> list[str]:
     """The class that allocates blocks, for every KV cache group."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -48,6 +61,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
     def inspect(llm: Any) -> None:
         found.update(backends=backends(llm), density=density(llm), managers=managers(llm))
+        if "scores" in spec:
+            found["scores"] = scores(llm, spec["scores"])
 
     try:
         result = driver.run(spec, inspect)

@@ -47,6 +47,60 @@ def test_scores_given_as_a_strided_view_are_read_by_stride(device):
     assert torch.equal(scores[1, :, 4:13].T, u)
 
 
+# tokens, heads, outputs, width
+PROJECTIONS = {
+    "linear": (61, 3, 1, 128),
+    "one-token": (1, 1, 1, 97),
+    "mlp": (33, 2, 19, 160),
+    "hidden": (70, 8, 1, 577),
+}
+
+
+def projection(case, device, shared=False):
+    """x, weight, bias; ``shared``: one x and one weight for all heads, by a stride of 0."""
+    tokens, heads, outputs, width = case
+    g, own = torch.Generator().manual_seed(0), 1 if shared else heads
+    x = torch.randn(tokens, own, width, generator=g).expand(-1, heads, -1)
+    weight = torch.randn(own, outputs, width, generator=g).expand(heads, -1, -1)
+    bias = torch.randn(own, outputs, generator=g).expand(heads, -1)
+    return x.to(device), weight.to(device), bias.to(device)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("case", PROJECTIONS.values(), ids=PROJECTIONS.keys())
+def test_projections_agree_with_the_reference(case, shared, device):
+    x, weight, bias = projection(case, device, shared)
+    expected = reference.project(x.cpu(), weight.cpu(), bias.cpu())
+    # float32 sums of W products of order 1
+    near = {"rtol": 1e-5, "atol": 4e-7 * case[3]}
+    found = api.project(x, weight, bias, impl="triton")
+    torch.testing.assert_close(found.cpu(), expected, **near)
+    for dtype in (torch.float32, torch.float64):
+        on_cpu = api.project(x.cpu(), weight.cpu().to(dtype), bias.cpu().to(dtype), impl="cpu")
+        assert on_cpu.dtype == torch.float32
+        torch.testing.assert_close(on_cpu, expected, **near)
+
+
+@pytest.mark.parametrize("impl", ["triton", "cpu"])
+@pytest.mark.parametrize("case", PROJECTIONS.values(), ids=PROJECTIONS.keys())
+def test_projections_are_the_same_bits_however_tokens_are_chunked(case, impl, device):
+    x, weight, bias = projection(case, device if impl == "triton" else "cpu")
+    if impl == "cpu":
+        weight, bias = weight.double(), bias.double()
+    whole = api.project(x, weight, bias, impl=impl)
+    for size in (1, 7, 32, 60):
+        parts = [
+            api.project(x[low : low + size], weight, bias, impl=impl)
+            for low in range(0, len(x), size)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_projection_of_no_tokens_is_empty(device):
+    x, weight, bias = projection((1, 2, 3, 32), device)
+    assert api.project(x[:0], weight, bias, impl="triton").shape == (0, 2, 3)
+
+
 KEYDIFF = {
     "d64-page16": (2, 64, 16, [1, 63, 111], torch.float32),
     "d80-page32": (1, 80, 32, [97, 32, 5], torch.float16),

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from vllm_sparsek.kernels.score import api
 from vllm_sparsek.scorers import features
 from vllm_sparsek.scorers.base import ScoreBatch, Scorer
 from vllm_sparsek.scorers.scorer_file import ScorerFileError, ScorerReader
@@ -23,13 +24,13 @@ SLICE_ELEMENTS = 1 << 24
 class LearnedScorer(Scorer):
     """One layer's scorer: ``w2 . act(w1 x + b1) + b2``, or ``w . x + b`` without w1.
 
-    A score is the same to the last bit however many tokens are scored with it: products and
-    row sums see one token at a time.
+    A score is the same to the last bit however many tokens are scored with it: see
+    ``kernels.score.api.project``.
 
     Attributes:
         weight: [H, W] (linear) or [H, m] (MLP) float32; bias: [H] float32.
-        hidden_weight: [H or 1, m, W] or None; hidden_bias: [H or 1, m] or None; float64: how
-            a matrix product rounds depends on the number of tokens, and a score must not.
+        hidden_weight: [H or 1, m, W] or None; hidden_bias: [H or 1, m] or None; float32, on the
+            CPU float64, which ``project`` needs there.
         activation: of the MLP, ``relu`` or ``gelu``.
         slope: [H] float32 score added per position, or None.
         inputs: features in order, see ``scorer_file``.
@@ -68,29 +69,28 @@ class LearnedScorer(Scorer):
                 self.inputs, key[part], value[part], positions[part],
                 None if hidden is None else hidden[part], self.rope,
             )  # fmt: skip
-            scores[part] = (self._activated(x) * self.weight).sum(-1) + self.bias
+            if self.hidden_weight is not None and self.hidden_bias is not None:
+                x = self._hidden_layer(x, self.hidden_weight, self.hidden_bias)
+            heads = self.weight.shape[0]
+            scores[part] = api.project(
+                x.expand(-1, heads, -1), self.weight[:, None], self.bias[:, None]
+            )[..., 0]
         if self.slope is not None:
             scores += positions.float()[:, None] * self.slope
         return scores
 
-    def _activated(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, H or 1, W] -> [T, H or 1, m] float32, or x itself without a hidden layer."""
-        if self.hidden_weight is None or self.hidden_bias is None:
-            return x
-        heads = max(x.shape[1], self.hidden_weight.shape[0])
-        x = torch.einsum(
-            "thd,hmd->thm",
-            x.expand(-1, heads, -1).double(),
-            self.hidden_weight.expand(heads, -1, -1),
+    def _hidden_layer(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H or 1, W] -> [T, H or 1, m] float32."""
+        heads = max(x.shape[1], weight.shape[0])
+        x = api.project(
+            x.expand(-1, heads, -1), weight.expand(heads, -1, -1), bias.expand(heads, -1)
         )
-        x = x + self.hidden_bias
-        x = x.relu() if self.activation == "relu" else torch.nn.functional.gelu(x)
-        return x.float()
+        return x.relu() if self.activation == "relu" else torch.nn.functional.gelu(x)
 
     def write(self, batch: ScoreBatch) -> None:
         """See ``Scorer.write``."""
-        from vllm_sparsek.kernels.score import api
-
         scores = self.score(batch.key, batch.value, batch.positions, batch.hidden)
         api.write_scores(scores, batch.slot_mapping, batch.scores)
 
@@ -133,9 +133,11 @@ def load_layer(
         else:
             # one hidden layer for all heads, or one for every head
             own = 1 if file.shape(f"layers.{layer}.w1")[:1] == [1] else h
-            w1 = tensor("w1", own, None, width).double()
-            b1 = tensor("b1", own, w1.shape[1]).double()
+            w1 = tensor("w1", own, None, width)
+            b1 = tensor("b1", own, w1.shape[1])
             weight, bias = tensor("w2", h, w1.shape[1]), tensor("b2", h)
+            if w1.device.type == "cpu":
+                w1, b1 = w1.double(), b1.double()
         slope = None
         if f"layers.{layer}.slope" in file.names:
             slope = tensor("slope", h) + header.position_slope

@@ -1,4 +1,4 @@
-"""Score: write token scores into the paged score cache."""
+"""Score: compute token scores and write them into the paged score cache."""
 
 from __future__ import annotations
 
@@ -36,6 +36,36 @@ def write_scores(
             f"slot_mapping has {slot_mapping.shape[0]} slots for {token_scores.shape[0]} tokens"
         )
     implementation("score", impl, device).write_scores(token_scores, slot_mapping, scores)
+
+
+def project(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, impl: str = "auto"
+) -> torch.Tensor:
+    """``weight x + bias`` of every token and KV head, to the same bits in any batch.
+
+    Args:
+        x: [T, H, W] float32; the head's stride may be 0.
+        weight: [H, M, W] float32, on the CPU float64 too (see ``cpu.project``); the head's
+            stride may be 0.
+        bias: [H, M] of weight's dtype.
+        impl: auto, triton, cpu or reference.
+
+    Returns:
+        [T, H, M] float32.
+
+    Raises:
+        ValueError, TypeError: an argument, named in the message, does not fit.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    device = x.device
+    weights = (torch.float32, torch.float64) if device.type == "cpu" else torch.float32
+    check_tensor("x", x, 3, torch.float32, device)
+    check_tensor("weight", weight, 3, weights, device)
+    check_tensor("bias", bias, 2, weight.dtype, device)
+    check_shape("weight", weight, (x.shape[1], weight.shape[1], x.shape[2]))
+    check_shape("bias", bias, tuple(weight.shape[:2]))
+    found: torch.Tensor = implementation("score", impl, device).project(x, weight, bias)
+    return found
 
 
 def keydiff(

@@ -17,6 +17,18 @@ def write_scores(
     scores[slots // page, :, slots % page] = token_scores
 
 
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """See ``reference.project``.
+
+    One output a head (M = 1) is a product and a row sum, whose order does not depend on the
+    number of tokens. For more, a matrix product is worth it; its order does depend on them, so
+    pass float64 weights: rounded to float32, the order no longer shows.
+    """
+    if weight.shape[1] == 1:
+        return ((x * weight[:, 0]).sum(-1) + bias[:, 0])[..., None].float()
+    return (torch.einsum("thw,hmw->thm", x.to(weight.dtype), weight) + bias).float()
+
+
 def keydiff(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,

@@ -1,4 +1,4 @@
-"""Specification of score: writing token scores into the paged score cache."""
+"""Specification of score: computing token scores and writing them into the score cache."""
 
 from __future__ import annotations
 
@@ -19,6 +19,22 @@ def write_scores(
     for token, slot in enumerate(slot_mapping[: token_scores.shape[0]].tolist()):
         if slot >= 0:
             scores[slot // page, :, slot % page] = token_scores[token]
+
+
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """``weight x + bias`` of every token and KV head.
+
+    The result of a token must not depend on the tokens beside it, to the last bit: scores are
+    compared across batches, chunks and cache hits.
+
+    Args:
+        x: [T, H, W]; weight: [H, M, W]; bias: [H, M].
+
+    Returns:
+        [T, H, M] float32.
+    """
+    products = x.double()[:, :, None] * weight.double()  # [T, H, M, W]
+    return (products.sum(-1) + bias.double()).float()
 
 
 def keydiff(

@@ -1,4 +1,4 @@
-"""Triton kernels of score: scatter of token scores, and causal KeyDiff."""
+"""Triton kernels of score: projection, scatter of token scores, and causal KeyDiff."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 
 WRITE_BLOCK = 256  # (token, head) pairs per program
+PROJECT_TOKENS = 32  # tokens per program
+PROJECT_OUTPUTS = 16  # outputs per program: the narrowest tile tl.dot takes
+PROJECT_STEP = 64  # components of x at a time
 KEYDIFF_TILE = 1024  # elements of a page's keys per warp: 32 registers a thread
 
 
@@ -41,6 +44,45 @@ def write_scores_fwd_kernel(
     )
     o_out = b_slot // PAGE * stride_block + i_h * stride_head + b_slot % PAGE
     tl.store(scores_ptr + o_out, b_u, mask=m)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def project_fwd_kernel(
+    x_ptr,  # [T, H, W] float32
+    weight_ptr,  # [H, M, W] float32
+    bias_ptr,  # [H, M] float32
+    out_ptr,  # [T, H, M] float32
+    tokens,  # T
+    stride_x_token,
+    stride_x_head,
+    stride_w_head,
+    stride_b_head,
+    H: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Fixed tiles and one order of additions: a token's result never depends on the others."""
+    i_t, i_h, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_t = i_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_t = o_t < tokens
+    m_m = o_m < M
+    p_x = x_ptr + o_t[:, None] * stride_x_token + i_h.to(tl.int64) * stride_x_head
+    p_w = weight_ptr + i_h.to(tl.int64) * stride_w_head + o_m[None, :] * W
+    b_acc = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
+    for start in range(0, W, BLOCK_W):
+        o_w = start + tl.arange(0, BLOCK_W)
+        m_w = o_w < W
+        b_x = tl.load(p_x + o_w[None, :], mask=m_t[:, None] & m_w[None, :], other=0.0)  # [T, W]
+        b_w = tl.load(p_w + o_w[:, None], mask=m_w[:, None] & m_m[None, :], other=0.0)  # [W, M]
+        # tensor cores would round the inputs to tf32
+        b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
+    b_bias = tl.load(bias_ptr + i_h * stride_b_head + o_m, mask=m_m, other=0.0)  # [M]
+    p_out = out_ptr + (o_t[:, None] * H + i_h) * M + o_m[None, :]
+    tl.store(p_out, b_acc + b_bias[None, :], mask=m_t[:, None] & m_m[None, :])
 
 
 @triton.jit
@@ -118,6 +160,24 @@ def write_scores(
     )  # fmt: skip
 
 
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """See ``reference.project``."""
+    tokens, heads, width = x.shape
+    outputs = weight.shape[1]
+    out = torch.empty((tokens, heads, outputs), dtype=torch.float32, device=x.device)
+    if tokens == 0:
+        return out
+    if outputs > 1 and weight.stride(1) != width:
+        raise ValueError(f"weight must be contiguous within a head, got {weight.stride()}")
+    grid = (triton.cdiv(tokens, PROJECT_TOKENS), heads, triton.cdiv(outputs, PROJECT_OUTPUTS))
+    project_fwd_kernel[grid](
+        x, weight, bias, out, tokens, x.stride(0), x.stride(1), weight.stride(0), bias.stride(0),
+        H=heads, M=outputs, W=width, BLOCK_T=PROJECT_TOKENS, BLOCK_M=PROJECT_OUTPUTS,
+        BLOCK_W=PROJECT_STEP, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 def keydiff(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -143,6 +203,22 @@ def keydiff(
 
 # (kernel, argument types, constexprs) that compile without a GPU; see common/compile_targets.py
 COMPILE_CASES = [
+    *(
+        (
+            project_fwd_kernel,
+            "*fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32",
+            {
+                "H": 8,
+                "M": outputs,
+                "W": width,
+                "BLOCK_T": PROJECT_TOKENS,
+                "BLOCK_M": PROJECT_OUTPUTS,
+                "BLOCK_W": PROJECT_STEP,
+            },
+            {"num_warps": 4},
+        )
+        for outputs, width in [(1, 256), (512, 4096)]
+    ),
     (
         write_scores_fwd_kernel,
         "*fp32 *i64 *fp32 i32 i32 i32 i64 i32",
