@@ -15,7 +15,10 @@ BF16 = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 # numpy's matrix product rounds a row by where it lies in the tile, tensor cores do not
 BITWISE = 0.0 if DEVICE == "cuda" else 2e-6
 VARIABLE = "TRITON_INTERPRET"
-KERNEL_MODULES = ("score.triton", "select.triton", "decode.triton", "prefill.triton")
+# bounds takes select's kernel: it is imported after it
+KERNEL_MODULES = (
+    "score.triton", "select.triton", "bounds.triton", "decode.triton", "prefill.triton",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
