@@ -148,6 +148,15 @@ BAD_VALUES = {
     "contradiction-learned-without-file": (
         {"scorer": "learned"}, "scorer='learned'", "needs scorer_path",
     ),
+    "contradiction-quest-by-token": (
+        {"granularity": "token"}, "granularity='token'", "scorer=keydiff",
+    ),
+    "contradiction-quest-soft_v": (
+        {"scorer": "quest", "mode": "soft_v"}, "mode='soft_v'", "scorer=keydiff",
+    ),
+    "contradiction-quest-sparse-prefill": (
+        {"prefill": "sparse"}, "prefill='sparse'", "set scorer_path",
+    ),
     "contradiction-floor-of-a-number": ({"k": 100, "k_min": 10}, "k_min=10", "share"),
     "preset-unknown": ({"preset": "balanced_"}, "preset='balanced_'", "'balanced'"),
     "preset-missing-file": ({"preset": "no/x.yaml"}, "preset='no/x.yaml'", "no such file"),
@@ -203,6 +212,9 @@ def test_every_shipped_preset_loads_and_sets_something():
     assert resolve(additional={"preset": "quality"}, env={}).k == 0.5
     assert resolve(additional={"preset": "throughput"}, env={}).granularity == "page"
     assert resolve(additional={"preset": "balanced"}, env={}) == SparseKConfig()
+    for name in names:
+        # with and without a scorer fitted to the model
+        resolve(additional={"preset": name, "scorer_path": "s"}, env={})
 
 
 def test_the_benchmarks_own_settings_are_valid():
@@ -277,11 +289,12 @@ def test_a_scorers_file_named_on_the_command_line_is_relative_to_the_process():
 
 
 AUTO = {
-    "nothing given": ({}, "keydiff", False),
+    "nothing given": ({}, "quest", False),
     "a file": ({"scorer_path": "s"}, "learned", True),
     "learned by name": ({"scorer": "learned", "scorer_path": "s"}, "learned", True),
     "a file, dense asked for": ({"scorer_path": "s", "prefill": "dense"}, "learned", False),
-    "no file, sparse asked for": ({"prefill": "sparse"}, "keydiff", True),
+    "no file, dense asked for": ({"prefill": "dense"}, "quest", False),
+    "static, sparse asked for": ({"scorer": "keydiff", "prefill": "sparse"}, "keydiff", True),
     "another scorer": ({"scorer": "recency"}, "recency", False),
 }
 
@@ -302,7 +315,7 @@ def test_another_scorer_asked_for_drops_the_checkpoints_file():
 
 
 def test_the_budget_counts_tokens():
-    budget = SparseKConfig(k=100, window=20, sinks=3, refresh=8).budget(page=32)
+    budget = SparseKConfig(k=100, window=20, sinks=3, refresh=8, scorer="knorm").budget(page=32)
     assert (budget.k, budget.window, budget.sinks, budget.refresh) == (100, 20, 3, 8)
     assert (budget.unit, budget.k_share) == (1, None)
     assert budget.units_kept(5000) == 100
@@ -312,6 +325,12 @@ def test_the_budget_counts_pages_of_the_cache():
     budget = SparseKConfig(k=100, granularity="page").budget(page=32)
     assert budget.unit == 32
     assert budget.units_kept(5000) == 4
+
+
+@pytest.mark.parametrize("page", [16, 48, 128])
+def test_queries_choose_among_units_of_16_tokens_whatever_the_page(page):
+    assert SparseKConfig(k=100, scorer="quest").budget(page).unit == 16
+    assert SparseKConfig(k=100, scorer="quest", granularity="page").budget(page).unit == page
 
 
 def test_a_share_is_of_the_context_with_a_floor():

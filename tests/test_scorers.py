@@ -10,7 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_sparsek.config import SparseKConfig
-from vllm_sparsek.kernels.common.score_pages import floats_per_token, split_score_cache
+from vllm_sparsek.kernels.common.score_pages import (
+    bounds_per_token,
+    floats_per_token,
+    split_bounds_cache,
+    split_score_cache,
+)
 from vllm_sparsek.scorers import SCORERS, make_scorer, scorer_class
 from vllm_sparsek.scorers.base import ScoreBatch, Scorer
 from vllm_sparsek.scorers.learned import LearnedScorer, load_layer
@@ -55,9 +60,12 @@ def file(tmp_path):
     return make
 
 
-@pytest.fixture(params=[*(name for name in SCORERS if name != "learned"), "linear", "mlp"])
+STATIC = [name for name in SCORERS if not scorer_class(name).query_aware]
+
+
+@pytest.fixture(params=[*(name for name in STATIC if name != "learned"), "linear", "mlp"])
 def scorer(request, file) -> Scorer:
-    """Every scorer there is, made as a layer makes it."""
+    """Every scorer that has scores, made as a layer makes it."""
     config = SparseKConfig(scorer=request.param) if request.param in SCORERS else SparseKConfig(
         scorer_path=file(request.param, position_slope="0.01"))  # fmt: skip
     return make_scorer(config, LAYER, HEADS, DIM, slice(0, HEADS), torch.device("cpu"))
@@ -78,6 +86,7 @@ class Cache:
         self.scores, self.anchors = split_score_cache(
             cache, HEADS, DIM if scorer.needs_anchor else 0
         )
+        self.bounds = None
         # block 0 is vLLM's null block
         self.table = torch.tensor([[5, 2, 8, 3], [1, 7, 0, 0]], dtype=torch.int32)
 
@@ -98,7 +107,7 @@ class Cache:
         batch = ScoreBatch(
             torch.cat(key), torch.cat(value), torch.cat(positions).int(), padded, self.kv,
             self.table, new.cumsum(0).int(), torch.tensor(ends, dtype=torch.int32),
-            self.scores, self.anchors,
+            self.scores, self.anchors, self.bounds,
         )  # fmt: skip
         self.scorer.write(batch)
 
@@ -310,6 +319,52 @@ def test_weights_are_read_in_any_float_dtype(file):
     scorer = load_layer(file("linear", half), LAYER, HEADS, DIM)
     assert scorer.weight.dtype == torch.float32
     torch.testing.assert_close(scorer.weight, half[f"layers.{LAYER}.weight"].float())
+
+
+# --- quest -----------------------------------------------------------------------------------
+
+
+class BoundsCache(Cache):
+    """The same with bounds in place of scores."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(scorer_class("keydiff")(), dtype=dtype)
+        self.scorer = scorer_class("quest")()
+        width = bounds_per_token(HEADS, PAGE, PAGE, DIM)
+        cache = torch.full((9, 1, PAGE, width), float("nan"), dtype=dtype)
+        self.scores = self.anchors = None
+        self.bounds = split_bounds_cache(cache, HEADS, PAGE, DIM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
+def test_quest_keeps_the_range_of_complete_pages_however_they_fill(chunks, dtype):
+    cache, starts = BoundsCache(dtype), [0, 0]
+    for ends in chunks:
+        cache.step(starts, list(ends))
+        starts = list(ends)
+    for row, n in enumerate(LENGTHS):
+        for p in range(n // PAGE):
+            keys = cache.key[row][p * PAGE : (p + 1) * PAGE]
+            found = cache.bounds[cache.table[row, p].long(), :, 0]
+            assert torch.equal(found, torch.stack([keys.amin(0), keys.amax(0)], dim=1))
+    complete = sum(n // PAGE for n in LENGTHS)
+    assert cache.bounds.isfinite().sum() == complete * HEADS * 2 * DIM
+
+
+@pytest.mark.parametrize("page", [16, 128])
+def test_bounds_of_16_tokens_take_a_sixteenth_of_the_kv_cache(page):
+    assert bounds_per_token(8, page, 16, 128) * 16 == 8 * 2 * 128
+
+
+def test_quest_has_no_score_of_a_token_alone():
+    with pytest.raises(NotImplementedError, match="use write"):
+        scorer_class("quest")().score(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", [name for name in SCORERS if name != "learned"])
+def test_settings_know_which_scorers_select_by_the_query(name):
+    assert SparseKConfig(scorer=name).query_aware is scorer_class(name).query_aware
 
 
 def test_only_learned_scorers_count_as_trained():

@@ -367,7 +367,12 @@ def mark_compiled_graphs(vllm_config: VllmConfig, mark: str) -> None:
 
 
 def add_score_cache(
-    vllm_config: VllmConfig, layer_name: str, num_kv_heads: int, anchor_dim: int, config: Any
+    vllm_config: VllmConfig,
+    layer_name: str,
+    num_kv_heads: int,
+    head_dim: int,
+    key_dtype: torch.dtype,
+    config: Any,
 ) -> Any:
     """Give an attention layer a sibling that owns its paged score cache.
 
@@ -377,7 +382,7 @@ def add_score_cache(
     from vllm_sparsek.cache.scores import ScoreCache
 
     context = vllm_config.compilation_config.static_forward_context
-    cache = ScoreCache(f"{layer_name}.sparsek_scores", num_kv_heads, anchor_dim, config)
+    cache = ScoreCache(f"{layer_name}.sparsek_scores", num_kv_heads, head_dim, key_dtype, config)
     context[cache.layer_name] = cache
     return cache
 

@@ -19,13 +19,15 @@ import yaml
 
 from vllm_sparsek.kernels.common.budget import Budget
 
-Granularity = Literal["token", "page"]
+Granularity = Literal["auto", "token", "page"]
 Mode = Literal["hard", "soft_v"]
 Pooling = Literal["lse", "max", "mean"]
 Prefill = Literal["auto", "dense", "sparse"]
 LayerBudgets = Literal["auto", "uniform"]
 
 ENV_PREFIX = "SPARSEK_"
+# tokens per unit of query-aware selection: Quest's page, whatever the KV block is
+QUERY_UNIT = 16
 
 
 class SparseKConfigError(ValueError):
@@ -43,12 +45,13 @@ class SparseKConfig:
         window: tokens of the sliding window that every query reads.
         sinks: tokens at the start that every query reads.
         refresh: query positions that share one selection (R).
-        granularity: what competes for the k places: ``token`` or ``page`` (a KV block).
+        granularity: what competes for the k places: ``token``, ``page`` (a KV block), or
+            ``auto``: 16 tokens with ``quest``, one token with any other scorer.
         pooling: how the scores of a page's tokens become the page's score.
         mode: ``hard`` (plain softmax over what is kept) or ``soft_v`` (values outside the
             window weighted by the SparseK operator).
         scorer: a name from ``vllm_sparsek.scorers``, or ``auto``: ``learned`` when
-            ``scorer_path`` is set, else ``keydiff``.
+            ``scorer_path`` is set, else ``quest``, which selects by every decode step's query.
         scorer_path: safetensors file of a learned scorer; relative paths of a checkpoint's
             ``sparsek_config`` are relative to the checkpoint, whose own folder is no place for
             it: vLLM loads every safetensors file there as weights.
@@ -65,7 +68,7 @@ class SparseKConfig:
     window: int = 512
     sinks: int = 16
     refresh: int = 64
-    granularity: Granularity = "token"
+    granularity: Granularity = "auto"
     pooling: Pooling = "lse"
     mode: Mode = "hard"
     scorer: str = "auto"
@@ -95,6 +98,13 @@ class SparseKConfig:
             raise _error("scorer_path", self.scorer_path, why)
         if self.scorer == "learned" and self.scorer_path is None:
             raise _error("scorer", "learned", "it needs scorer_path, a safetensors file")
+        if self.query_aware:
+            for key, value in (("granularity", "token"), ("mode", "soft_v"), ("prefill", "sparse")):
+                if getattr(self, key) == value:
+                    raise _error(key, value,
+                                 "quest, the scorer of models without a fitted one, chooses pages "
+                                 "by the query of every decode step: leave it out, name another "
+                                 "scorer (scorer=keydiff), or set scorer_path")  # fmt: skip
 
     def _check_types(self) -> None:
         kinds: dict[str, tuple[type, ...]] = {"k": (int, float), "dense_layers": (tuple,)}
@@ -127,7 +137,12 @@ class SparseKConfig:
         """The scorer in use, ``auto`` resolved."""
         if self.scorer != "auto":
             return self.scorer
-        return "learned" if self.scorer_path else "keydiff"
+        return "learned" if self.scorer_path else "quest"
+
+    @property
+    def query_aware(self) -> bool:
+        """Whether every decode step selects by its own query."""
+        return self.scorer_name == "quest"
 
     @property
     def sparse_prefill(self) -> bool:
@@ -139,13 +154,14 @@ class SparseKConfig:
     def budget(self, page: int) -> Budget:
         """The nominal budget of every layer, for KV blocks of ``page`` tokens."""
         share = self.k if isinstance(self.k, float) else None
+        unit = QUERY_UNIT if self.query_aware else 1
         return Budget(
             k=self.k_min if share is not None else int(self.k),
             k_share=share,
             window=self.window,
             sinks=self.sinks,
             refresh=self.refresh,
-            unit=page if self.granularity == "page" else 1,
+            unit=page if self.granularity == "page" else unit,
         )
 
     @classmethod

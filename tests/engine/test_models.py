@@ -43,8 +43,14 @@ MIXED_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 SETTINGS = {
     "default": {},
     "dense prefill": SMALL,
-    "sparse prefill": {**SMALL, "prefill": "sparse"},
-    "pages, soft_v": {**SMALL, "prefill": "sparse", "granularity": "page", "mode": "soft_v"},
+    "sparse prefill": {**SMALL, "scorer": "keydiff", "prefill": "sparse"},
+    "pages, soft_v": {
+        **SMALL,
+        "scorer": "keydiff",
+        "prefill": "sparse",
+        "granularity": "page",
+        "mode": "soft_v",
+    },
 }
 
 

@@ -11,11 +11,12 @@ pytestmark = pytest.mark.engine
 # far below the prompts' lengths, so that most queries are sparse
 SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16}
 CASES = {
-    "keydiff dense prefill": SMALL,
+    "quest": SMALL,
+    "keydiff dense prefill": {**SMALL, "scorer": "keydiff"},
     "knorm sparse prefill": {**SMALL, "scorer": "knorm", "prefill": "sparse"},
     "pages, soft_v, share": {
         "k": 0.25, "k_min": 32, "window": 40, "sinks": 4, "refresh": 32, "granularity": "page",
-        "mode": "soft_v", "prefill": "sparse", "dense_layers": [0, 7],
+        "mode": "soft_v", "scorer": "keydiff", "prefill": "sparse", "dense_layers": [0, 7],
     },
 }  # fmt: skip
 TOKENS = 24

@@ -133,7 +133,7 @@ def test_the_log_says_which_backend_and_which_settings(server, answer):
     log = server.log.read_text()
     assert "Using SPARSEK backend." in log
     assert "k=64" in log
-    assert log.count("is not fitted to this model") == 1
+    assert log.count("no scorer is fitted to this model") == 1
 
 
 def test_metrics_are_exported_from_the_start(before):
@@ -161,8 +161,8 @@ def test_counters_are_those_of_dense_prefill_and_sparse_decode(answer, before, a
     in_prompt = prompt * (prompt + 1) // 2
     positions = range(prompt, prompt + TOKENS - 1)
     context = sum(p + 1 for p in positions)
-    # k, sinks, window, and the window grows until the next selection
-    read = sum(64 + 4 + 32 + p % 16 for p in positions)
+    # k, sinks and window in whole units of 16 tokens; the window grows through a refresh block
+    read = sum(64 + 16 + 33 + p % 16 for p in positions)
     assert counted == {
         "tokens_attended": in_prompt + read, "context_tokens": in_prompt + context,
         "decode_tokens_attended": read, "decode_context_tokens": context,

@@ -9,8 +9,10 @@ import itertools
 import sys
 
 import torch
-from caches import NAN, build, chosen, items_of, paged_view
+from caches import NAN, build, chosen, items_of, paged_view, slots
 
+from vllm_sparsek.kernels.bounds import api as bounds_api
+from vllm_sparsek.kernels.bounds import reference as bounds_reference
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.decode import reference as decode_reference
@@ -55,6 +57,34 @@ def score(head_dim: int, page: int) -> None:
         results.append((written, scores, anchors))
     for name, expected, got in zip(("write", "keydiff", "anchors"), *results, strict=True):
         compare(f"{name} D={head_dim} page={page}", got, expected, 1e-4)
+
+
+def by_query(head_dim: int, page: int, group: int, budget: Budget) -> None:
+    """write_bounds and select_by_query, with whole numbers so that all sums are exact."""
+    label = f"D={head_dim} page={page} G={group} unit={budget.unit}"
+    paged = build(LENGTHS, 2, head_dim, page, torch.bfloat16)
+    paged.kv_cache.copy_((paged.kv_cache * 2).round().clamp(-4, 4))
+    there = paged.to(DEVICE)
+    blocks = paged.kv_cache.shape[0]
+    mapping = torch.cat([slots(paged.block_table, r, torch.arange(n), page)
+                         for r, n in enumerate(LENGTHS)] + [torch.full((9,), -1)])  # fmt: skip
+    expected = torch.full((blocks, 2, page // budget.unit, 2, head_dim), NAN).bfloat16()
+    got = expected.to(DEVICE)
+    bounds_reference.write_bounds(paged.kv_cache, mapping, expected)
+    bounds_api.write_bounds(there.kv_cache, mapping.to(DEVICE), got)
+    compare(f"bounds {label}", got, expected, 0)
+
+    row, position = items_of([(-1, 0), *((r, n - 1) for r, n in enumerate(LENGTHS))])
+    query = torch.randint(-1, 2, (row.numel(), 2 * group, head_dim)).bfloat16()
+    units = bounds_reference.select_by_query(
+        query, expected, paged.block_table, row, position, budget, budget.max_units(400)
+    )
+    got_units = torch.full(units.shape, 77, dtype=torch.int32, device=DEVICE)
+    bounds_api.select_by_query(
+        query.to(DEVICE), got, there.block_table, row.to(DEVICE), position.to(DEVICE), budget,
+        got_units,
+    )  # fmt: skip
+    compare(f"select by query {label}", got_units, units, 0)
 
 
 def attention(head_dim: int, page: int, group: int, budget: Budget, soft: bool) -> None:
@@ -114,6 +144,9 @@ def main() -> int:
     torch.manual_seed(0)
     score(128, 16)
     score(80, 48)
+    by_query(128, 16, 4, Budget(64, 16, 4, 1, 16))
+    by_query(80, 48, 7, Budget(96, 9, 20, 16, 48))
+    by_query(256, 128, 3, Budget(32, 9, 1, 64, 16, 0.3))
     attention(128, 16, 4, Budget(64, 16, 4, 1), False)
     attention(128, 16, 4, Budget(64, 16, 4, 64, 16), False)
     attention(80, 32, 7, Budget(40, 9, 33, 16), True)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from vllm_sparsek.kernels.bounds import api as bounds_api
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api
@@ -132,6 +133,29 @@ class Bench:
 
         return microseconds(select), microseconds(decode)
 
+    def by_query(self, budget: Budget) -> float:
+        """Microseconds of selection by one query per row."""
+        shape = (self.kv.shape[0], HEADS, PAGE // budget.unit, 2, HEAD_DIM)
+        bounds = torch.randn(shape, device=self.device).bfloat16()
+        query = torch.randn(self.rows, QUERY_HEADS, HEAD_DIM, device=self.device).bfloat16()
+        row = self.ints(list(range(self.rows)))
+        position = self.ints([self.context - 1] * self.rows)
+        width = budget.max_units(self.context)
+        units = torch.empty(self.rows, HEADS, width, dtype=torch.int32, device=self.device)
+        scratch = torch.empty(self.rows, HEADS, self.context // budget.unit, device=self.device)
+        return microseconds(
+            lambda: bounds_api.select_by_query(
+                query, bounds, self.table, row, position, budget, units, scratch
+            )
+        )
+
+    def write_bounds(self, new: int) -> float:
+        """Microseconds of write_bounds for ``new`` tokens of every row."""
+        shape = (self.kv.shape[0], HEADS, 1, 2, HEAD_DIM)
+        bounds = torch.empty(shape, dtype=self.kv.dtype, device=self.device)
+        slot = torch.arange(self.rows * new, device=self.device)
+        return microseconds(lambda: bounds_api.write_bounds(self.kv, slot, bounds))
+
     def prefill(self, budget: Budget, tokens: int) -> tuple[float, float]:
         """Microseconds of select and of prefill for the last ``tokens`` of one row."""
         refresh = budget.refresh
@@ -188,6 +212,8 @@ def main() -> None:
         for k in (512, 1024, 2048):
             select, attend = bench.decode(Budget(k, WINDOW, SINKS, 1, unit))
             print(f"{f'decode k={k} unit={unit}':<36}{select:>10.1f}{attend:>10.1f}", flush=True)
+    select = bench.by_query(Budget(1024, WINDOW, SINKS, 1, PAGE))
+    print(f"{'decode k=1024 unit=16 by query':<36}{select:>10.1f}")
     select, attend = bench.decode(Budget(1024, WINDOW, SINKS, 1), soft=True)
     print(f"{'decode k=1024 unit=1 soft_v':<36}{select:>10.1f}{attend:>10.1f}")
     for unit in (1, PAGE):
@@ -197,7 +223,9 @@ def main() -> None:
         print(f"{label:<36}{select:>10.1f}{attend:>10.1f}", flush=True)
     for new in (1, 512):
         write, keydiff = bench.score(new)
-        print(f"score {new} new a row: write {write:.1f}, keydiff {keydiff:.1f}", flush=True)
+        bounds = bench.write_bounds(new)
+        print(f"score {new} new a row: write {write:.1f}, keydiff {keydiff:.1f}, "
+              f"bounds {bounds:.1f}", flush=True)  # fmt: skip
     training("cuda")
 
 

@@ -1,12 +1,14 @@
 """Decode on the CPU, where Python runs every step: select once every R positions.
 
-A selection is a function of the tokens before it, so it is kept from step to step under the
-physical blocks it was made from. An entry that one step did not use is dropped: blocks that
-were freed and filled again in between can never be taken for their earlier content.
+A static selection is a function of the tokens before it, so it is kept from step to step under
+the physical blocks it was made from. An entry that one step did not use is dropped: blocks that
+were freed and filled again in between can never be taken for their earlier content. A selection
+by the query is made anew at every step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +21,15 @@ from vllm_sparsek.kernels.common.gather import (
     window_positions,
 )
 from vllm_sparsek.kernels.decode.cpu import attend_rows
-from vllm_sparsek.kernels.select import api as select_api
+
+# (query [items, Hq, D], block_table, item_row, item_position, budget, units_out, gates_out)
+Select = Callable[
+    [
+        torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Budget, torch.Tensor,
+        torch.Tensor | None,
+    ],
+    None,
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,13 +51,14 @@ class CpuDecoder:
     """One layer's decode.
 
     Attributes:
-        budget: the budget; pooling, soft: see ``select``; scale: softmax scale.
+        budget: the budget; soft: see ``select``; scale: softmax scale.
+        query_aware: every step selects by its own query.
     """
 
     budget: Budget
-    pooling: str
     soft: bool
     scale: float
+    query_aware: bool
     _kept: dict[tuple[int, bytes], tuple[torch.Tensor, torch.Tensor | None]] = field(
         default_factory=dict
     )
@@ -56,7 +67,7 @@ class CpuDecoder:
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        scores: torch.Tensor,
+        select: Select,
         block_table: torch.Tensor,
         rows: list[CpuDecodeRow],
         windows: dict[int, torch.Tensor],
@@ -66,15 +77,16 @@ class CpuDecoder:
 
         Args:
             query, output: [T, Hq, D], row r is token r; kv_cache: [num_blocks, H, page, 2 * D];
-            scores: [num_blocks, H, page]; block_table: [rows, max_blocks] int32.
+            select: writes the units of items; block_table: [rows, max_blocks] int32.
             rows: the rows; windows: window rows by row, filled by the first layer of a step.
         """
         used = {}
         for row in rows:
-            found = self._kept.get(row.key)
+            found = None if self.query_aware else self._kept.get(row.key)
             if found is None:
-                found = self._select(kv_cache, scores, block_table, row)
-            used[row.key] = found
+                found = self._select(query, kv_cache, select, block_table, row)
+            if not self.query_aware:
+                used[row.key] = found
             kept, gates = found
             window = windows.get(row.row)
             if window is None:
@@ -89,19 +101,19 @@ class CpuDecoder:
 
     def _select(
         self,
+        query: torch.Tensor,
         kv_cache: torch.Tensor,
-        scores: torch.Tensor,
+        select: Select,
         block_table: torch.Tensor,
         row: CpuDecodeRow,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         start = self.budget.selection_position(row.position)
-        shape = (1, scores.shape[1], self.budget.units_kept(start))
+        shape = (1, kv_cache.shape[1], self.budget.units_kept(start))
         units = torch.empty(shape, dtype=torch.int32)
         gates = torch.empty(shape, dtype=torch.float32) if self.soft else None
-        select_api.select(
-            scores, block_table, torch.tensor([row.row], dtype=torch.int32),
-            torch.tensor([row.position], dtype=torch.int32), self.budget, self.pooling,
-            self.soft, units, gates,
+        select(
+            query[row.row : row.row + 1], block_table, torch.tensor([row.row], dtype=torch.int32),
+            torch.tensor([row.position], dtype=torch.int32), self.budget, units, gates,
         )  # fmt: skip
         kept = kept_positions(units[0], row.position, row.position, self.budget)
         rows = cache_rows(kv_cache, block_table[row.row], kept)

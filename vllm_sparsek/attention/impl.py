@@ -20,11 +20,12 @@ from vllm_sparsek.attention.settings import (
 )
 from vllm_sparsek.attention.support import refuse_unsupported_impl, refuse_without_projection
 from vllm_sparsek.attention.workspace import decode_workspace
+from vllm_sparsek.kernels.bounds import api as bounds_api
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api
 from vllm_sparsek.kernels.select import api as select_api
-from vllm_sparsek.scorers import make_scorer, scorer_class
+from vllm_sparsek.scorers import make_scorer
 from vllm_sparsek.scorers.base import ScoreBatch, Scorer
 
 # bytes of selection lists at a time in prefill (they are [items, H, K])
@@ -101,10 +102,10 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
                 compat.max_decode_rows(self.vllm_config),
             )
             self.hidden = keep_input(projection, tokens, hidden_size, act_dtype, device)
-        anchor = self.head_size if scorer_class(self.config.scorer_name).needs_anchor else 0
         self.score_cache = compat.add_score_cache(
-            self.vllm_config, layer_name, self.num_kv_heads, anchor, self.config
-        )
+            self.vllm_config, layer_name, self.num_kv_heads, self.head_size,
+            layer.kv_cache_torch_dtype, self.config,
+        )  # fmt: skip
         if device.type == "cuda":
             self._workspace(self.vllm_config.cache_config.block_size, device)
 
@@ -124,7 +125,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         return decode_workspace(
             compat.max_decode_rows(self.vllm_config), self.num_heads, self.num_kv_heads,
             self.head_size, self._own_and_largest(page)[1], self.max_model_len,
-            self.config.mode == "soft_v", device,
+            self.config.mode == "soft_v", self.config.query_aware, device,
         )  # fmt: skip
 
     def do_kv_cache_update(
@@ -177,15 +178,18 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         if m.cpu_rows:
             self._decode_cpu(query, kv_cache, m, output)
         elif m.sparse_decodes:
-            self._decode(query, kv_cache, m, output)
-        if m.items is not None:
+            rows = m.num_decodes
+            self._decode(query[:rows], kv_cache, m, m.decode_row, m.decode_position, output[:rows])
+        if m.items is not None and self.config.query_aware:
+            self._decode_again(query, kv_cache, m, m.items, output)
+        elif m.items is not None:
             self._prefill(query, kv_cache, m, m.items, output)
         return output
 
     def _score(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, m: SparseKMetadata
     ) -> None:
-        scores, anchors = self.score_cache.views()
+        views = self.score_cache.views()
         tokens = m.num_actual_tokens
         assert self.scorer is not None
         batch = ScoreBatch(
@@ -197,42 +201,85 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             block_table=m.block_table,
             query_start_loc=m.query_start_loc,
             seq_lens=m.seq_lens,
-            scores=scores,
-            anchors=anchors,
+            scores=views.scores,
+            anchors=views.anchors,
+            bounds=views.bounds,
             hidden=None if self.hidden is None else self.hidden.rows[:tokens],
         )
         self.scorer.write(batch)
 
-    def _decode(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, m: SparseKMetadata, output: torch.Tensor
+    def _select(
+        self,
+        query: torch.Tensor,
+        block_table: torch.Tensor,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        budget: Budget,
+        units: torch.Tensor,
+        gates: torch.Tensor | None,
+        unit_scores: torch.Tensor | None = None,
     ) -> None:
-        page, rows = kv_cache.shape[2], m.num_decodes
-        space = self._workspace(page, kv_cache.device)
-        budget, soft = self.budget(page), space.gates is not None
-        units = space.units[:rows]
-        gates = space.gates[:rows] if soft else None
-        scores, _ = self.score_cache.views()
+        """Write the units that items keep; only query-aware selection reads their queries."""
+        views = self.score_cache.views()
+        if views.bounds is not None:
+            bounds_api.select_by_query(
+                query, views.bounds, block_table, row, position, budget, units, unit_scores
+            )
+            return
         select_api.select(
-            scores, m.block_table, m.decode_row, m.decode_position, budget,
-            self.config.pooling, soft, units, gates,
+            views.scores, block_table, row, position, budget, self.config.pooling,
+            gates is not None, units, gates,
         )  # fmt: skip
-        partials = (space.partials[0][:rows], space.partials[1][:rows])
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        m: SparseKMetadata,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend query, output [items, Hq, D], one query per item."""
+        page, items = kv_cache.shape[2], row.numel()
+        budget, space = self.budget(page), self._workspace(page, kv_cache.device)
+        units = space.units[:items]
+        gates = space.gates[:items] if space.gates is not None else None
+        scratch = space.unit_scores[:items] if space.unit_scores is not None else None
+        self._select(query, m.block_table, row, position, budget, units, gates, scratch)
+        partials = (space.partials[0][:items], space.partials[1][:items])
         decode_api.decode(
-            query[:rows], kv_cache, m.block_table, m.decode_row, m.decode_position, units, gates,
-            budget, self.scale, output[:rows], partials, space.max_tokens,
+            query, kv_cache, m.block_table, row, position, units, gates, budget,
+            self.scale, output, partials, space.max_tokens,
         )  # fmt: skip
+
+    def _decode_again(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        m: SparseKMetadata,
+        items: PrefillItems,
+        output: torch.Tensor,
+    ) -> None:
+        """Generated tokens of a preempted request: each selects by its query, as it did before."""
+        at_once = self._workspace(kv_cache.shape[2], kv_cache.device).units.shape[0]
+        for low in range(0, items.row.numel(), at_once):
+            part = slice(low, low + at_once)
+            index = items.query_start[part].long()
+            found = torch.empty_like(query[index])
+            self._decode(query[index], kv_cache, m, items.row[part], items.position[part], found)
+            output[index] = found
 
     def _decode_cpu(
         self, query: torch.Tensor, kv_cache: torch.Tensor, m: SparseKMetadata, output: torch.Tensor
     ) -> None:
         if self.cpu_decoder is None:
             self.cpu_decoder = CpuDecoder(
-                self.budget(kv_cache.shape[2]), self.config.pooling,
-                self.config.mode == "soft_v", self.scale,
+                self.budget(kv_cache.shape[2]), self.config.mode == "soft_v", self.scale,
+                self.config.query_aware,
             )  # fmt: skip
-        scores, _ = self.score_cache.views()
         self.cpu_decoder.forward(
-            query, kv_cache, scores, m.block_table, m.cpu_rows, m.cpu_windows, output
+            query, kv_cache, self._select, m.block_table, m.cpu_rows, m.cpu_windows, output
         )
 
     def _prefill(
@@ -245,7 +292,6 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
     ) -> None:
         page = kv_cache.shape[2]
         budget, soft = self.budget(page), self.config.mode == "soft_v"
-        scores, _ = self.score_cache.views()
         width = budget.max_units(self.max_model_len)
         at_once = max(1, SELECTION_BYTES // (4 * self.num_kv_heads * width))
         for low in range(0, items.row.numel(), at_once):
@@ -254,8 +300,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             shape = (row.numel(), self.num_kv_heads, width)
             units = torch.empty(shape, dtype=torch.int32, device=query.device)
             gates = torch.empty(shape, dtype=torch.float32, device=query.device) if soft else None
-            select_api.select(scores, m.block_table, row, position, budget, self.config.pooling,
-                              soft, units, gates)  # fmt: skip
+            self._select(query, m.block_table, row, position, budget, units, gates)
             prefill_api.prefill(
                 query, kv_cache, m.block_table, row, position, items.query_start[part],
                 items.query_len[part], units, gates, budget, self.scale, output,

@@ -230,8 +230,8 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         ends: np.ndarray,
         sparse_from: np.ndarray,
     ) -> PrefillItems | None:
-        """Sparse queries of prefill rows, cut at multiples of R."""
-        refresh = self.budget.refresh
+        """Sparse queries of prefill rows, cut at multiples of R; one by one if each selects."""
+        refresh = 1 if self.config.query_aware else self.budget.refresh
         parts = []
         for row in range(num_decodes, len(ends)):
             start, end = ends[row] - query_lens[row], ends[row]

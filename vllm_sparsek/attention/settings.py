@@ -74,11 +74,14 @@ def settings_of(vllm_config: VllmConfig) -> SparseKConfig:
         logger.info("sparsek: %s", config)
         if not scorer_class(config.scorer_name).trained:
             logger.warning(
-                "sparsek: scorer %s is not fitted to this model: training-free selection loses "
-                "exact retrieval from what it drops. Prefill is %s.",
-                config.scorer_name,
-                "sparse, as asked for" if config.sparse_prefill else "dense, decode is sparse",
-            )
+                "sparsek: no scorer is fitted to this model: %s instead, prefill is %s. "
+                "To fit one: vllm-sparsek fit %s --out scorer.safetensors, then serve with "
+                '--additional-config \'{"sparsek": {"scorer_path": "scorer.safetensors"}}\'',
+                "pages are chosen by every decode step's query (quest)" if config.query_aware
+                else f"the training-free scorer {config.scorer_name} loses exact retrieval",
+                "sparse" if config.sparse_prefill else "dense",
+                vllm_config.model_config.model,
+            )  # fmt: skip
     return _current[key][0]
 
 

@@ -15,6 +15,7 @@ class DecodeWorkspace:
 
     Attributes:
         units: [rows, H, K] int32; gates: [rows, H, K] float32 or None.
+        unit_scores: [rows, H, units of the longest context] float32 or None.
         partials: the two float32 tensors decode takes.
         max_tokens: upper bound of the tokens one row reads.
     """
@@ -28,12 +29,17 @@ class DecodeWorkspace:
         budget: Budget,
         max_model_len: int,
         soft: bool,
+        query_aware: bool,
         device: torch.device,
     ) -> None:
         shape = (rows, kv_heads, budget.max_units(max_model_len))
         self.max_tokens = budget.max_tokens_attended(max_model_len)
         self.units = torch.empty(shape, dtype=torch.int32, device=device)
         self.gates = torch.empty(shape, dtype=torch.float32, device=device) if soft else None
+        self.unit_scores = None
+        if query_aware:
+            shape = (rows, kv_heads, max(1, max_model_len // budget.unit))
+            self.unit_scores = torch.empty(shape, dtype=torch.float32, device=device)
         acc, stats = workspace_shapes(rows, query_heads, head_dim, self.max_tokens)
         self.partials = (
             torch.empty(acc, dtype=torch.float32, device=device),
@@ -50,9 +56,10 @@ def decode_workspace(
     budget: Budget,
     max_model_len: int,
     soft: bool,
+    query_aware: bool,
     device: torch.device,
 ) -> DecodeWorkspace:
     """The workspace of all layers with these shapes."""
     return DecodeWorkspace(
-        rows, query_heads, kv_heads, head_dim, budget, max_model_len, soft, device
+        rows, query_heads, kv_heads, head_dim, budget, max_model_len, soft, query_aware, device
     )

@@ -5,7 +5,7 @@ It is counted when vLLM sizes the KV cache, and shared, prefix-cached and freed 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +22,26 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCache
 
 from vllm_sparsek.cache.spec import sparsek_spec
 from vllm_sparsek.config import SparseKConfig
-from vllm_sparsek.kernels.common.score_pages import floats_per_token, split_score_cache
+from vllm_sparsek.kernels.common.score_pages import (
+    bounds_per_token,
+    floats_per_token,
+    split_bounds_cache,
+    split_score_cache,
+)
+from vllm_sparsek.scorers import scorer_class
+
+
+class ScoreViews(NamedTuple):
+    """What a layer's score cache holds; which of them is not None depends on the scorer.
+
+    Attributes:
+        scores: [num_blocks, H, page] float32; anchors: [num_blocks, H, D] float32.
+        bounds: [num_blocks, H, page // unit, 2, D] in the keys' dtype.
+    """
+
+    scores: torch.Tensor | None = None
+    anchors: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
 
 
 class ScoreCacheBuilder(AttentionMetadataBuilder[None]):
@@ -81,45 +100,64 @@ class ScoreCacheBackend(AttentionBackend):
 
 
 class ScoreCache(nn.Module, AttentionLayerBase):
-    """Paged scores (and anchors) of one attention layer.
+    """Paged scores (and anchors) of one attention layer, or bounds of its keys.
 
     Attributes:
-        kv_cache: [num_blocks, 1, page, floats_per_token] float32, bound by vLLM.
+        kv_cache: [num_blocks, 1, page, numbers per token], bound by vLLM: float32, or the
+            keys' dtype for bounds.
     """
 
     def __init__(
-        self, layer_name: str, num_kv_heads: int, anchor_dim: int, config: SparseKConfig
+        self,
+        layer_name: str,
+        num_kv_heads: int,
+        head_dim: int,
+        key_dtype: torch.dtype,
+        config: SparseKConfig,
     ) -> None:
         super().__init__()
         self.config = config
         self.layer_name = layer_name
         self.num_kv_heads = num_kv_heads
-        self.anchor_dim = anchor_dim
+        self.head_dim = head_dim
+        self.key_dtype = key_dtype
+        self.scorer = scorer_class(config.scorer_name)
+        self.anchor_dim = head_dim if self.scorer.needs_anchor else 0
         self.kv_cache = torch.tensor([])
-        self._views: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._views: ScoreViews | None = None
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """The cache's backend."""
         return ScoreCacheBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """Key-only fp32 pages of the main block size."""
+        """Key-only pages of the main block size."""
         page = vllm_config.cache_config.block_size
+        if self.scorer.query_aware:
+            unit = self.config.budget(page).unit
+            width = bounds_per_token(self.num_kv_heads, page, unit, self.head_dim)
+            dtype = self.key_dtype
+        else:
+            width = floats_per_token(self.num_kv_heads, page, self.anchor_dim)
+            dtype = torch.float32
         spec = FullAttentionSpec(
-            block_size=page,
-            num_kv_heads=1,
-            head_size=floats_per_token(self.num_kv_heads, page, self.anchor_dim),
-            head_size_v=0,
-            dtype=torch.float32,
+            block_size=page, num_kv_heads=1, head_size=width, head_size_v=0, dtype=dtype
         )
         return sparsek_spec(spec, self.config, vllm_config.model_config.max_model_len)
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the allocated tensor."""
         self.kv_cache = kv_cache
-        self._views = split_score_cache(kv_cache, self.num_kv_heads, self.anchor_dim)
+        if self.scorer.query_aware:
+            unit = self.config.budget(kv_cache.shape[2]).unit
+            bounds = split_bounds_cache(kv_cache, self.num_kv_heads, unit, self.head_dim)
+            self._views = ScoreViews(bounds=bounds)
+        else:
+            self._views = ScoreViews(
+                *split_score_cache(kv_cache, self.num_kv_heads, self.anchor_dim)
+            )
 
-    def views(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """scores [num_blocks, H, page] and anchors [num_blocks, H, D] or None."""
+    def views(self) -> ScoreViews:
+        """What the scorer writes and selection reads."""
         assert self._views is not None, "the score cache is read before vLLM allocated it"
         return self._views

@@ -19,6 +19,7 @@ SCORERS = {
     "knorm": "vllm_sparsek.scorers.knorm.KNormScorer",
     "recency": "vllm_sparsek.scorers.recency.RecencyScorer",
     "random": "vllm_sparsek.scorers.random.RandomScorer",
+    "quest": "vllm_sparsek.scorers.quest.QuestScorer",
     "learned": "vllm_sparsek.scorers.learned.LearnedScorer",
 }
 

@@ -1,4 +1,4 @@
-"""What a scorer is: one static number for every new token and KV head."""
+"""What a scorer is: one static number for every new token and KV head, or bounds of keys."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ class ScoreBatch:
         kv_cache: [num_blocks, H, page, 2 * D], the new tokens already written.
         block_table: [rows, max_blocks] int32.
         query_start_loc: [rows + 1] int32; seq_lens: [rows] int32.
-        scores: [num_blocks, H, page] float32, to be written.
+        scores: [num_blocks, H, page] float32, to be written; None for a query-aware scorer.
         anchors: [num_blocks, H, D] float32 or None, see ``Scorer.needs_anchor``.
         hidden: [T, E] in the model's dtype or None, see ``Scorer.reads_hidden``.
+        bounds: [num_blocks, H, page // unit, 2, D] in the keys' dtype or None, see
+            ``Scorer.query_aware``.
     """
 
     key: torch.Tensor
@@ -33,9 +35,10 @@ class ScoreBatch:
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
-    scores: torch.Tensor
+    scores: torch.Tensor | None
     anchors: torch.Tensor | None
     hidden: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
 
 
 class Scorer(ABC):
@@ -49,6 +52,8 @@ class Scorer(ABC):
     trained: ClassVar[bool] = False
     # keeps a running sum of unit keys per page beside the scores
     needs_anchor: ClassVar[bool] = False
+    # writes bounds of keys instead of scores: every decode step selects by its own query
+    query_aware: ClassVar[bool] = False
 
     @property
     def reads_hidden(self) -> bool:
@@ -65,5 +70,6 @@ class Scorer(ABC):
         """Score the new tokens of a batch into the score cache."""
         from vllm_sparsek.kernels.score import api
 
+        assert batch.scores is not None
         scores = self.score(batch.key, batch.value, batch.positions)
         api.write_scores(scores, batch.slot_mapping, batch.scores)

@@ -32,7 +32,7 @@ class KeyDiffScorer(Scorer):
         """See ``Scorer.write``."""
         from vllm_sparsek.kernels.score import api
 
-        assert batch.anchors is not None
+        assert batch.scores is not None and batch.anchors is not None
         api.keydiff(
             batch.kv_cache, batch.block_table, batch.query_start_loc, batch.seq_lens,
             batch.scores, batch.anchors,

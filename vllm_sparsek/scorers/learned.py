@@ -91,6 +91,7 @@ class LearnedScorer(Scorer):
 
     def write(self, batch: ScoreBatch) -> None:
         """See ``Scorer.write``."""
+        assert batch.scores is not None
         scores = self.score(batch.key, batch.value, batch.positions, batch.hidden)
         api.write_scores(scores, batch.slot_mapping, batch.scores)
 

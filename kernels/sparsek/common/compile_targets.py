@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-OPERATIONS = ("score", "select", "decode", "prefill", "prefix")
+# bounds takes select's kernel: it comes after it
+OPERATIONS = ("score", "select", "bounds", "decode", "prefill", "prefix")
 WARP_SIZE = 32
 # shared memory one block may use, bytes, by compute capability (CUDA programming guide)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}

@@ -1,8 +1,10 @@
 """How a page of the score cache is laid out.
 
 The score cache is a sibling of the KV cache with the same block ids. One block holds, for
-every KV head, the fp32 scores of its tokens and, for scorers that need one, an *anchor*: the
-running sum of the unit keys of all pages up to and including this one.
+every KV head, either the fp32 scores of its tokens and, for scorers that need one, an *anchor*:
+the running sum of the unit keys of all pages up to and including this one. Or, for query-aware
+selection, *bounds*: the smallest and largest value of every channel of the keys of every unit.
+Bounds are values of keys, so the keys' dtype holds them exactly.
 """
 
 from __future__ import annotations
@@ -42,3 +44,31 @@ def split_score_cache(
         cache.storage_offset() + num_kv_heads * page,
     )
     return scores, anchors
+
+
+def bounds_per_token(num_kv_heads: int, page: int, unit: int, head_dim: int) -> int:
+    """Numbers per token that make room for the bounds of one page's units."""
+    return -(-num_kv_heads * (page // unit) * 2 * head_dim // page)
+
+
+def split_bounds_cache(
+    cache: torch.Tensor, num_kv_heads: int, unit: int, head_dim: int
+) -> torch.Tensor:
+    """The bounds of one layer as a view of its cache.
+
+    Args:
+        cache: [num_blocks, 1, page, bounds_per_token] of the keys' dtype; one block is
+            contiguous, blocks may lie any stride apart.
+        num_kv_heads: KV heads H of this rank; unit: tokens per bound; head_dim: D.
+
+    Returns:
+        [num_blocks, H, page // unit, 2, D]: minimum and maximum of every unit's keys.
+    """
+    num_blocks, _, page, width = cache.shape
+    if cache.stride()[2:] != (width, 1):
+        raise ValueError(f"score cache blocks must be contiguous, got strides {cache.stride()}")
+    units = page // unit
+    return cache.as_strided(
+        (num_blocks, num_kv_heads, units, 2, head_dim),
+        (cache.stride(0), units * 2 * head_dim, 2 * head_dim, head_dim, 1),
+    )

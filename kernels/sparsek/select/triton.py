@@ -39,8 +39,13 @@ def load_unit_scores(
     POOLING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Scores [BLOCK] of units, -inf where masked; -0.0 is made 0.0: the two are equal."""
-    if UNIT == 1:
+    """Scores [BLOCK] of units, -inf where masked; -0.0 is made 0.0: the two are equal.
+
+    POOLING "none": ``p_scores`` are scores of units, in the order of the context.
+    """
+    if POOLING == "none":
+        b_z = tl.load(p_scores + o_u, mask=m_u, other=float("-inf"))
+    elif UNIT == 1:
         b_block = tl.load(p_table + o_u // PAGE, mask=m_u, other=0).to(tl.int64)
         b_z = tl.load(p_scores + b_block * stride_block + o_u % PAGE, mask=m_u, other=float("-inf"))
     else:
@@ -150,7 +155,7 @@ def soft_threshold(
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units"])
 def select_fwd_kernel(
-    scores_ptr,  # [num_blocks, H, page] float32
+    scores_ptr,  # [num_blocks, H, page] float32; [items, H, U] if POOLING is "none"
     block_table_ptr,  # [rows, max_blocks] int32
     item_row_ptr,  # [items] int32
     item_position_ptr,  # [items] int32
@@ -191,6 +196,8 @@ def select_fwd_kernel(
 
     p_table = block_table_ptr + tl.maximum(row, 0).to(tl.int64) * stride_table_row
     p_scores = scores_ptr + i_h.to(tl.int64) * stride_score_head
+    if POOLING == "none":
+        p_scores += i_i.to(tl.int64) * stride_score_block
 
     if keep == end - first_unit:
         for start in range(0, keep, BLOCK):
@@ -298,6 +305,31 @@ def select(
     )  # fmt: skip
 
 
+def select_scored(
+    unit_scores: torch.Tensor,
+    item_row: torch.Tensor,
+    item_position: torch.Tensor,
+    budget: Budget,
+    units_out: torch.Tensor,
+) -> None:
+    """Exact top-k of unit scores that every item brings along.
+
+    Args:
+        unit_scores: [items, H, U] float32, of the units that compete; others are not read.
+        item_row: [items] int32 (negative: an empty item); item_position: [items] int32.
+        budget: the budget.
+        units_out: [items, H, K] int32, every element is written.
+    """
+    items, heads, width = units_out.shape
+    select_fwd_kernel[(items, heads)](
+        unit_scores, item_row, item_row, item_position, units_out, units_out,
+        *budget_arguments(budget), width, unit_scores.stride(0), unit_scores.stride(1), 0,
+        units_out.stride(0), units_out.stride(1),
+        PAGE=budget.unit, UNIT=budget.unit, POOLING="none", SOFT=False,
+        BLOCK=TOKEN_BLOCK, num_warps=TOKEN_WARPS,
+    )  # fmt: skip
+
+
 _TYPES = "*fp32 *i32 *i32 *i32 *i32 *fp32 i32 i32 i32 i32 i64 i32 i64 i32 i32 i64 i32"
 # (kernel, argument types, constexprs, options); see common/compile_targets.py
 COMPILE_CASES = [
@@ -309,9 +341,9 @@ COMPILE_CASES = [
             "UNIT": unit,
             "POOLING": pooling,
             "SOFT": soft,
-            "BLOCK": TOKEN_BLOCK if unit == 1 else PAGE_BLOCK,
+            "BLOCK": TOKEN_BLOCK if unit == 1 or pooling == "none" else PAGE_BLOCK,
         },
-        {"num_warps": TOKEN_WARPS if unit == 1 else PAGE_WARPS},
+        {"num_warps": TOKEN_WARPS if unit == 1 or pooling == "none" else PAGE_WARPS},
     )
     for page, unit, pooling, soft in [
         (16, 1, "lse", False),
@@ -323,5 +355,6 @@ COMPILE_CASES = [
         (16, 16, "max", True),
         (64, 64, "lse", False),
         (48, 48, "lse", True),
+        (16, 16, "none", False),
     ]
 ]

@@ -1,0 +1,1 @@
+"""Bounds of the keys of every unit, and selection by the query."""
