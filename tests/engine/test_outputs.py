@@ -13,6 +13,10 @@ SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16}
 CASES = {
     "keydiff dense prefill": SMALL,
     "knorm sparse prefill": {**SMALL, "scorer": "knorm", "prefill": "sparse"},
+    # off the grid of selections and pages
+    "dense until within the prompts": {
+        **SMALL, "scorer": "knorm", "prefill": "sparse", "dense_until": 411,
+    },
     "pages, soft_v, share": {
         "k": 0.25, "k_min": 32, "window": 40, "sinks": 4, "refresh": 32, "granularity": "page",
         "mode": "soft_v", "prefill": "sparse", "dense_layers": [0, 7],

@@ -118,11 +118,13 @@ def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> Non
             raise BenchError(f"{option} {name}: unknown; {nearest(name, list(known))}")
 
 
-def make_plan(args: argparse.Namespace) -> tuple[Plan, Results]:
+def make_plan(
+    args: argparse.Namespace, worker: Sequence[str] | None = None
+) -> tuple[Plan, Results]:
     """Turn options into a plan and an empty record. Raises BenchError on what cannot be run."""
     from vllm_sparsek.evaluation import plan, prompts, texts
     from vllm_sparsek.evaluation.results import Results
-    from vllm_sparsek.evaluation.run import Plan
+    from vllm_sparsek.evaluation.run import WORKER, Plan
     from vllm_sparsek.evaluation.tasks import SPLITS, TASKS
     from vllm_sparsek.serving_bench import environment
     from vllm_sparsek.serving_bench.errors import BenchError
@@ -155,7 +157,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Results]:
     limit = engine.get("max_model_len") or prompts.context_limit(args.model)
     tokenizer = prompts.load_tokenizer(args.model)
     jobs = prompts.prepare(request, tokenizer, limit, output / "prompts")
-    made = Plan(args.model, cells, jobs, engine, output, args.timeout)
+    made = Plan(args.model, cells, jobs, engine, output, args.timeout, worker or WORKER)
     results = Results(
         command=["vllm-sparsek", *sys.argv[1:]],
         model=args.model,
@@ -176,8 +178,8 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Results]:
     return made, results
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the evaluation; return the exit status.
+def run(args: argparse.Namespace, worker: Sequence[str] | None = None) -> int:
+    """Run the evaluation; return the exit status. `worker`: command in place of the engine's.
 
     0: all done. 1: failed, after one line that says why; what was finished is reported. 128 + n:
     ended by signal n.
@@ -203,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
     status = 0
     try:
         with interruptible():
-            plan, results = make_plan(args)
+            plan, results = make_plan(args, worker)
             store = Store(plan.output / "results.jsonl")
 
             def save() -> None:

@@ -122,27 +122,26 @@ def prepare(
     return jobs
 
 
-def _write(
-    folder: Path,
-    name: str,
-    task: str,
-    length: int,
-    prompts: list[dict[str, Any]],
-    references: list[list[str]],
-) -> Job:
+def _write(folder: Path, name: str, task: str, length: int, prompts: list[dict[str, Any]]) -> Job:
     path = folder / f"{slug(name)}-{length}.json"
     write_atomically(path, json.dumps(prompts).encode())
     longest = max(len(prompt["ids"]) + prompt["max_tokens"] for prompt in prompts)
+    references = [list(prompt["references"]) for prompt in prompts if "references" in prompt]
     return Job(name, task, path, fingerprint(prompts), references, longest)
 
 
 def _task_job(request: Request, generator: Generator, task: str, length: int, folder: Path) -> Job:
     samples = generator.samples(task, length, request.samples, request.seed, request.split)
     prompts = [
-        {"ids": s.context + s.question, "max_tokens": s.max_tokens, "needles": s.needles}
+        {
+            "ids": s.context + s.question,
+            "max_tokens": s.max_tokens,
+            "needles": s.needles,
+            "references": s.references,
+        }
         for s in samples
     ]
-    return _write(folder, task, task, length, prompts, [list(s.references) for s in samples])
+    return _write(folder, task, task, length, prompts)
 
 
 def _text_job(
@@ -155,4 +154,4 @@ def _text_job(
             "leave it out or lower --lengths"
         )
     prompts = [{"ids": window, "max_tokens": 1} for window in windows]
-    return _write(folder, f"{PERPLEXITY}: {text.name}", PERPLEXITY, length, prompts, [])
+    return _write(folder, f"{PERPLEXITY}: {text.name}", PERPLEXITY, length, prompts)

@@ -75,9 +75,8 @@ class Plan:
         """Of a job's result: depends on all that the result depends on."""
         scorer = (cell.settings or {}).get("scorer_path")
         settings = {k: v for k, v in (cell.settings or {}).items() if k != "scorer_path"}
-        return fingerprint(
-            self.model, self.engine, settings, file_sha256(scorer) if scorer else None, job.digest
-        )
+        digest = file_sha256(scorer) if scorer else None
+        return fingerprint(self.model, self.engine, settings, digest, job.digest)
 
     def engine_arguments(self, cell: Cell) -> dict[str, Any]:
         """Arguments of ``vllm.LLM``; the user's win."""

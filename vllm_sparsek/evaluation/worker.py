@@ -2,7 +2,8 @@
 
 Called with the path of a JSON file: {"llm": arguments of ``vllm.LLM``, "results": path,
 "jobs": [{"id", "kind": "answers" | "losses", "prompts": path}]}. A prompts file is a list of
-{"ids": [token ids], "max_tokens", "needles": [[start, stop]]}.
+{"ids": [token ids], "max_tokens", "needles": [[start, stop]], "references": [...]}; the references
+are for readers of the file, answers are judged later.
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ from vllm_sparsek.evaluation import oracle
 
 # tokens at the end of a window that are reported apart
 LAST_SHARE = 0.25
-COUNTERS = (
-    "tokens_attended", "context_tokens", "decode_tokens_attended", "decode_context_tokens",
-)  # fmt: skip
 
 
 def answers(llm: Any, prompts: list[dict[str, Any]], forced: bool) -> list[str]:
@@ -64,13 +62,6 @@ def losses(llm: Any, prompts: list[dict[str, Any]]) -> list[dict[str, float]]:
     return found
 
 
-def counters(llm: Any) -> dict[str, int]:
-    """The plugin's counters since the engine started; empty for the dense backend."""
-    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    names = {name: f"sparsek:{name}" for name in COUNTERS}
-    return {name: int(values[key]) for name, key in names.items() if key in values}
-
-
 def append(path: Path, record: dict[str, Any]) -> None:
     """Append one line and make sure that it is on the disk."""
     with path.open("a", encoding="utf-8") as stream:
@@ -83,16 +74,19 @@ def run(spec: dict[str, Any]) -> None:
     """Start the engine and do the jobs."""
     from vllm import LLM
 
+    from vllm_sparsek.metrics import read_counters
+
     oracle.register()
     settings = spec["llm"].get("additional_config", {}).get("sparsek", {})
     forced = settings.get("scorer") == oracle.NAME
-    llm = LLM(**spec["llm"], disable_log_stats=False, seed=0)
-    before = counters(llm)
+    llm = LLM(**spec["llm"], seed=0)
+    config = llm.llm_engine.vllm_config
+    before = read_counters(config)
     for job in spec["jobs"]:
         prompts = json.loads(Path(job["prompts"]).read_text())
         began = time.monotonic()
         found = answers(llm, prompts, forced) if job["kind"] == "answers" else losses(llm, prompts)
-        after = counters(llm)
+        after = read_counters(config)
         spent = {name: after[name] - before[name] for name in after}
         before = after
         record = {"id": job["id"], job["kind"]: found, "counters": spent,

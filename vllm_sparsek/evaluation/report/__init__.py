@@ -6,8 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vllm_sparsek.evaluation.report import files, table
+from vllm_sparsek.evaluation.report import files, html, plot, table
 from vllm_sparsek.evaluation.results import Results
+from vllm_sparsek.serving_bench.report.files import write_atomically
+
+HTML_NAME = "report.html"
 
 
 def save_data(results: Results, output: Path) -> None:
@@ -18,6 +21,10 @@ def save_data(results: Results, output: Path) -> None:
 def save_all(results: Results, output: Path) -> None:
     """Write JSON, CSV, plots and HTML."""
     save_data(results, output)
+    pngs = plot.render(results)
+    for name, png in pngs.items():
+        write_atomically(output / name, png)
+    write_atomically(output / HTML_NAME, html.render(results, pngs).encode())
 
 
 def show(results: Results, console: Console) -> None:

@@ -7,10 +7,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_sparsek.evaluation.plan import COLUMNS, DENSE
 from vllm_sparsek.evaluation.results import Results, Summary
 
+KEYS = ("length", "sparse", "budget", "arm")
 HEADINGS = (
-    "ppl\n+%", "last ¼\n+%", "RULER\n% of dense", "worst\n% of dense", "worst task", "density",
+    "ppl\n+%", "last ¼\n+%", "RULER\n%", "worst\n%", "worst task", "density",
 )  # fmt: skip
 
 
@@ -31,9 +33,31 @@ def cells(summary: Summary) -> list[str]:
     ]
 
 
+def keys(summary: Summary) -> tuple[str, str, str, str]:
+    """The columns of ``KEYS``."""
+    budget = "" if summary.budget is None else f"{summary.budget:.0%}"
+    return str(summary.length), summary.column, budget, summary.arm
+
+
+def ordered(results: Results) -> list[Summary]:
+    """Dense first, then by column and budget, so that the arms stand below one another.
+
+    An arm that a column cannot show has one line there, without a budget or figures.
+    """
+    summaries = results.summaries()
+    for length in dict.fromkeys(summary.length for summary in summaries):
+        for entry in results.unavailable:
+            summaries.append(Summary(entry["arm"], None, entry["column"], length, None))
+    order = (DENSE, *COLUMNS)
+    return sorted(
+        summaries, key=lambda s: (s.length, order.index(s.column), s.budget is None, s.budget)
+    )
+
+
 def notes(results: Results) -> list[str]:
-    """What the table leaves out, one line each."""
-    lines = [
+    """What the figures do not say, one line each."""
+    lines = ["RULER and worst: per cent of dense's score"]
+    lines += [
         f"left out at {length}, dense itself scores below 20 %: {', '.join(tasks)}"
         for length, tasks in results.left_out().items()
     ]
@@ -44,29 +68,24 @@ def notes(results: Results) -> list[str]:
 
 
 def show(results: Results, console: Console) -> None:
-    """Print the summaries, grouped by length and column."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in ("length", "sparse", "budget", "arm"):
+    """Print the summaries; a key that repeats the line above is left blank."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+    for name in KEYS:
         table.add_column(name, no_wrap=True)
     for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
-    summaries = sorted(results.summaries(), key=lambda s: (s.length, s.column != "dense", s.column,
-                                                            s.budget or 0.0))  # fmt: skip
-    previous = None
-    for summary in summaries:
-        group = (summary.length, summary.column, summary.budget)
-        if previous is not None and group != previous:
+    previous: tuple[str, ...] = ()
+    for summary in ordered(results):
+        line = keys(summary)
+        if previous and line[:3] != previous[:3]:
             table.add_section()
-        budget = "" if summary.budget is None else f"{summary.budget:.0%}"
-        first = group != previous
-        previous = group
-        table.add_row(
-            str(summary.length) if first else "",
-            summary.column if first else "",
-            budget if first else "",
-            escape(summary.arm),
-            *cells(summary),
-        )
-    console.print(table, overflow="ignore", crop=False)
-    for line in notes(results):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        shown = [
+            "" if line[: i + 1] == previous[: i + 1] else escape(line[i]) for i in range(len(line))
+        ]
+        previous = line
+        table.add_row(*shown, *cells(summary))
+    # a table too wide is better cut by the terminal than squeezed by rich
+    width = max(console.width, console.measure(table).maximum)
+    console.print(table, width=width, overflow="ignore", crop=False)
+    for line_ in notes(results):
+        console.print(line_, soft_wrap=True, markup=False, highlight=False)
