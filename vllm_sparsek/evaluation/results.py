@@ -223,8 +223,9 @@ def summarize(rows: Sequence[Row], left_out: Sequence[str]) -> Summary:
     compared = [r for r in compared if r.relative is not None]
     ruler = [r for r in compared if TASKS[r.task].ruler]
     worst = min(compared, key=lambda r: r.relative or 0.0, default=None)
-    densities = [r.decode_density for r in rows if r.decode_density is not None]
-    densities = densities or [r.density for r in rows if r.density is not None]
+    # of the answers to tasks; where only texts were read, of reading them
+    scores = [r.decode_density for r in rows if r.measure == "score"]
+    densities = [d for d in scores or [r.density for r in rows] if d is not None]
 
     def pooled(measure: str) -> float | None:
         found = [r for r in rows if r.measure == measure]

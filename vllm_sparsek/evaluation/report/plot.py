@@ -91,6 +91,8 @@ def _draw(axes: Axes, plot: Plot, panel: Panel, summaries: list[Summary], arms: 
             )
     axes.axhline(plot.dense, color="#888888", linewidth=1)
     axes.set_xlim(0, 1)
+    if plot.dense:
+        axes.set_ylim(bottom=0)
     axes.set_xlabel(_X_LABEL, fontsize=8)
     axes.set_ylabel(plot.y_label)
     plain(axes, panel.title)
@@ -109,8 +111,8 @@ def render(results: Results) -> dict[str, bytes]:
                 continue
             figure = new_figure(max(7.0, _PANEL_INCHES * len(panels)), 4.6)
             labelled: dict[str, Any] = {}
-            for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels,
-                                   strict=True):  # fmt: skip
+            every = figure.subplots(1, len(panels), squeeze=False, sharey=bool(plot.dense))[0]
+            for axes, panel in zip(every, panels, strict=True):
                 _draw(axes, plot, panel, summaries, arms)
                 labelled |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
             figure.legend(labelled.values(), labelled.keys(), loc="outside lower center",

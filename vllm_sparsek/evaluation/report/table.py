@@ -11,9 +11,9 @@ from vllm_sparsek.evaluation.plan import COLUMNS, DENSE
 from vllm_sparsek.evaluation.results import Results, Summary
 
 KEYS = ("length", "sparse", "budget", "arm")
-HEADINGS = (
-    "ppl\n+%", "last ¼\n+%", "RULER\n%", "worst\n%", "worst task", "density",
-)  # fmt: skip
+HEADINGS = ("ppl\n+%", "last ¼\n+%", "RULER\n%", "worst task\n%", "density")
+# columns; more than any table needs
+_WIDEST = 1000
 
 
 def percent(value: float | None, decimals: int = 0) -> str:
@@ -27,8 +27,7 @@ def cells(summary: Summary) -> list[str]:
         percent(summary.increase, 2),
         percent(summary.increase_last, 2),
         percent(summary.ruler_relative),
-        percent(summary.worst),
-        summary.worst_task or "n/a",
+        f"{summary.worst_task} {percent(summary.worst)}" if summary.worst_task else "n/a",
         "n/a" if summary.density is None else f"{summary.density:.2f}",
     ]
 
@@ -68,24 +67,33 @@ def notes(results: Results) -> list[str]:
 
 
 def show(results: Results, console: Console) -> None:
-    """Print the summaries; a key that repeats the line above is left blank."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
-    for name in KEYS:
-        table.add_column(name, no_wrap=True)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    previous: tuple[str, ...] = ()
-    for summary in ordered(results):
-        line = keys(summary)
-        if previous and line[:3] != previous[:3]:
-            table.add_section()
-        shown = [
-            "" if line[: i + 1] == previous[: i + 1] else escape(line[i]) for i in range(len(line))
-        ]
-        previous = line
-        table.add_row(*shown, *cells(summary))
-    # a table too wide is better cut by the terminal than squeezed by rich
-    width = max(console.width, console.measure(table).maximum)
-    console.print(table, width=width, overflow="ignore", crop=False)
-    for line_ in notes(results):
-        console.print(line_, soft_wrap=True, markup=False, highlight=False)
+    """Print one table a length; the arms of a column and budget stand below one another."""
+    summaries = ordered(results)
+    for length in dict.fromkeys(summary.length for summary in summaries):
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=0,
+            title=f"contexts of {length} tokens",
+            title_justify="left",
+        )
+        table.add_column("sparse", no_wrap=True)
+        table.add_column("arm", no_wrap=True)
+        for heading in HEADINGS:
+            table.add_column(heading, justify="right", no_wrap=True)
+        previous = None
+        for summary in summaries:
+            if summary.length != length:
+                continue
+            _, column, budget, arm = keys(summary)
+            group = f"{column} {budget}".strip()
+            if previous is not None and group != previous:
+                table.add_section()
+            table.add_row("" if group == previous else group, escape(arm), *cells(summary))
+            previous = group
+        # a table too wide is better wrapped by the terminal than squeezed by rich
+        wide = console.options.update(width=_WIDEST)
+        width = max(console.width, console.measure(table, options=wide).maximum)
+        console.print(table, width=width, overflow="ignore", crop=False)
+    for line in notes(results):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
