@@ -31,14 +31,14 @@ COMMANDS = (
         "compare attention backends under vLLM's own serving benchmark",
     ),
     Command(
-        ("eval",),
-        "vllm_sparsek.evaluation.cli",
-        "quality of sparse attention against dense: perplexity, RULER's tasks, passkey",
-    ),
-    Command(
         ("demo",),
         "vllm_sparsek.serving_bench.demo.cli",
         "a real model and question on this machine, then a small benchmark",
+    ),
+    Command(
+        ("eval",),
+        "vllm_sparsek.evaluation.cli",
+        "quality of sparse attention against dense: perplexity, RULER's tasks, passkey",
     ),
 )
 # the words that only group commands

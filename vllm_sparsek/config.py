@@ -53,9 +53,9 @@ class SparseKConfig:
             it: vLLM loads every safetensors file there as weights.
         prefill: ``sparse``, ``dense`` (only decode is sparse), or ``auto``: sparse with a
             learned scorer, dense without one.
-        dense_layers: indices of layers that always read the whole context.
         dense_until: queries at positions below it read their whole context, also where prefill
             is sparse: a document read densely, and the question about it sparsely.
+        dense_layers: indices of layers that always read the whole context.
         seed: seed of the ``random`` scorer.
     """
 
@@ -70,8 +70,8 @@ class SparseKConfig:
     scorer: str = "auto"
     scorer_path: str | None = None
     prefill: Prefill = "auto"
-    dense_layers: tuple[int, ...] = ()
     dense_until: int = 0
+    dense_layers: tuple[int, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
