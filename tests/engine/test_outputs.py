@@ -98,3 +98,11 @@ def test_preemption_changes_nothing(case, engine, first, prompts):
     )  # fmt: skip
     assert result["metrics"]["vllm:num_preemptions"] > 0
     same(result["answers"][0], first["answers"][0])
+
+
+def test_a_prompt_below_dense_until_is_read_as_with_dense_prefill(engine, prompts):
+    prompt = prompts[0]
+    call = [{"prompts": [prompt], "max_tokens": TOKENS}]
+    dense_prefill = engine(call, {**SMALL, "prefill": "dense"})
+    dense_until = engine(call, {**SMALL, "prefill": "sparse", "dense_until": len(prompt)})
+    same(dense_until["answers"][0], dense_prefill["answers"][0])

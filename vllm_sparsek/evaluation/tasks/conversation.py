@@ -9,14 +9,14 @@ _MAX_TOKENS = 16
 
 WORDINGS = {
     "test": {
-        "fact": "Hello! Before we start: my locker at the station is number {value}. I tend to "
-        "forget it, so please remember it for me.",
-        "promise": "Of course. I will remember the number of your locker.",
+        "fact": "Hello! Before we start: I parked the car in space {value} of the airport. I "
+        "tend to forget such things, so please keep it for me.",
+        "promise": "Of course. I will remember your parking space.",
         "turn": "Please read this passage:",
         "reply": "Thank you, I have read the passage. What comes next?",
-        "question": "That was the last passage. At the beginning I told you the number of my "
-        "locker. What is it?",
-        "prefix": "The number of your locker is",
+        "question": "That was the last passage. At the beginning I told you where I parked the "
+        "car. What is the number of my parking space?",
+        "prefix": "Your parking space is number",
     },
     "tune": {
         "fact": "Good morning. My train leaves at platform {value} today, remind me of that later.",

@@ -12,14 +12,15 @@ from random import Random
 
 from vllm_sparsek.evaluation.tasks.sample import Filler, Sample, Setting
 
+# none of these words is among those that fitting hides
 ADJECTIVES = """
-    amber brisk calm dusty eager faint gentle hollow icy jolly keen lively mellow narrow olive
-    polite quiet rapid silent tidy upper vivid wary young zesty bold crisp dim early fresh
+    brisk calm dusty eager faint mellow icy jolly keen lively humble olive polite rapid silent
+    tidy upper vivid wary young zesty bold crisp dim early fresh glossy proud sturdy witty
 """.split()  # noqa: SIM905 - words are easier to read than a list of strings
 NOUNS = """
-    anchor basket candle desert engine feather garden hammer island jacket kettle ladder meadow
-    needle orchard pencil quarry ribbon saddle tunnel umbrella valley window yard zipper bridge
-    castle dragon forest harbor
+    candle desert engine feather hammer island jacket meadow needle pencil quarry ribbon tunnel
+    umbrella valley yard zipper castle dragon forest blanket cactus dolphin falcon glacier hinge
+    igloo mitten pillow rocket
 """.split()  # noqa: SIM905
 
 
