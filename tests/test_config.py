@@ -129,6 +129,8 @@ BAD_VALUES = {
     "window-float": ({"window": 64.0}, "window=64.0", "type int"),
     "sinks-negative": ({"sinks": -1}, "sinks=-1", "at least 0"),
     "refresh-zero": ({"refresh": 0}, "refresh=0", "at least 1"),
+    "dense_until-negative": ({"dense_until": -1}, "dense_until=-1", "at least 0"),
+    "dense_until-share": ({"dense_until": 0.5}, "dense_until=0.5", "type int"),
     "seed-text": ({"seed": "1"}, "seed='1'", "type int"),
     "granularity": ({"granularity": "pages"}, "granularity='pages'", "'page'"),
     "granularity-list": ({"granularity": ["page"]}, "granularity=['page']", "token, page"),
@@ -337,3 +339,14 @@ def test_a_share_is_of_the_context_with_a_floor():
     budget = SparseKConfig(k=0.25, k_min=64).budget(page=16)
     assert budget.tokens_kept(99) == 64
     assert budget.tokens_kept(3999) == 1000
+
+
+@pytest.mark.parametrize(
+    ("until", "limit", "first"),
+    [(0, 4096, 128), (100, 4096, 128), (2000, 4096, 2000), (5000, 4096, 4096), (0, 64, 64)],
+    ids=["unset", "within the budget", "beyond it", "beyond the limit", "all fits"],
+)
+def test_queries_are_dense_as_far_as_the_budget_and_dense_until_reach(until, limit, first):
+    config = SparseKConfig(k=64, window=48, sinks=16, refresh=32, dense_until=until)
+    by_budget = config.budget(16).first_sparse_position(limit)
+    assert config.first_sparse_position(16, limit) == max(by_budget, min(until, limit)) == first

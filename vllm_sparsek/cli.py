@@ -43,6 +43,11 @@ COMMANDS = (
         "vllm_sparsek.scorer_import",
         "convert a published KVzap scorer into a scorer file",
     ),
+    Command(
+        ("eval",),
+        "vllm_sparsek.evaluation.cli",
+        "quality of sparse attention against dense: perplexity, RULER's tasks, passkey",
+    ),
 )
 # the words that only group commands
 GROUPS: dict[tuple[str, ...], str] = {("bench",): "measure speed"}

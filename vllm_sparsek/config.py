@@ -57,6 +57,8 @@ class SparseKConfig:
             it: vLLM loads every safetensors file there as weights.
         prefill: ``sparse``, ``dense`` (only decode is sparse), or ``auto``: sparse with a
             learned scorer, dense without one.
+        dense_until: queries at positions below it read their whole context, also where prefill
+            is sparse: a document read densely, and the question about it sparsely.
         dense_layers: indices of layers that always read the whole context.
         layer_budgets: ``auto`` (a scorer's file may split the layers' total budget unevenly) or
             ``uniform`` (every layer keeps ``k``).
@@ -74,6 +76,7 @@ class SparseKConfig:
     scorer: str = "auto"
     scorer_path: str | None = None
     prefill: Prefill = "auto"
+    dense_until: int = 0
     dense_layers: tuple[int, ...] = ()
     layer_budgets: LayerBudgets = "auto"
     seed: int = 0
@@ -82,7 +85,10 @@ class SparseKConfig:
         self._check_types()
         if isinstance(self.k, float) and not 0 < self.k < 1:
             raise _error("k", self.k, "a share of the context lies between 0 and 1")
-        for key, least in (("k", 1), ("k_min", 1), ("window", 1), ("sinks", 0), ("refresh", 1)):
+        least_values = {
+            "k": 1, "k_min": 1, "window": 1, "sinks": 0, "refresh": 1, "dense_until": 0,
+        }  # fmt: skip
+        for key, least in least_values.items():
             value = getattr(self, key)
             if isinstance(value, int) and value < least:
                 raise _error(key, value, f"it must be at least {least}")
@@ -163,6 +169,11 @@ class SparseKConfig:
             refresh=self.refresh,
             unit=page if self.granularity == "page" else unit,
         )
+
+    def first_sparse_position(self, page: int, limit: int) -> int:
+        """Smallest position whose query may be sparse, or ``limit`` if there is none below it."""
+        by_budget = self.budget(page).first_sparse_position(limit)
+        return max(by_budget, min(self.dense_until, limit))
 
     @classmethod
     def resolve(

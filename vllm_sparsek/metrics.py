@@ -41,6 +41,17 @@ def _path(vllm_config: VllmConfig, engine: int) -> Path:
     return Path(tempfile.gettempdir()) / name
 
 
+def read_counters(vllm_config: VllmConfig, engine: int = 0) -> dict[str, int]:
+    """What the engine's worker has counted so far: values of ``COUNTERS`` by name.
+
+    Zeros where nobody counts: before the worker starts, or under another backend.
+    """
+    values: tuple[int, ...] = _ZEROS
+    with suppress(OSError, struct.error):
+        values = _FORMAT.unpack(_path(vllm_config, engine).read_bytes())
+    return {name: value for (name, _), value in zip(COUNTERS, values, strict=True)}
+
+
 class StepCounters:
     """Counters of one engine, written by its first worker."""
 
@@ -102,13 +113,12 @@ class _Collector:
         model = self.vllm_config.model_config.served_model_name
         model = model[0] if isinstance(model, list) else str(model)
         for engine in sorted(self.engines):
-            values: tuple[int, ...] = _ZEROS
-            with suppress(OSError, struct.error):
-                values = _FORMAT.unpack(_path(self.vllm_config, engine).read_bytes())
-            for counter, value in zip(counters, values, strict=True):
+            values = read_counters(self.vllm_config, engine)
+            for counter, value in zip(counters, values.values(), strict=True):
                 counter.add_metric([str(engine), model], value)
-            if values[1]:
-                density.add_metric([str(engine), model], values[0] / values[1])
+            if values["context_tokens"]:
+                share = values["tokens_attended"] / values["context_tokens"]
+                density.add_metric([str(engine), model], share)
         yield from counters
         yield density
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_sparsek.serving_bench.results import Results, Run
@@ -41,12 +42,16 @@ def _row(results: Results, run: Run) -> dict[str, object]:
     }
 
 
-def write_csv(results: Results, path: Path) -> None:
-    """Write one row per run: tokens/s, ms, shares of 1; empty where not available."""
-    rows = [_row(results, run) for run in results.runs]
+def write_rows(rows: list[dict[str, object]], path: Path, fields: Sequence[str] = ()) -> None:
+    """Write rows as CSV: `fields` first, then the others in the order in which they appear."""
     stream = io.StringIO(newline="")
-    fields = list(dict.fromkeys(name for row in rows for name in row)) or list(_RUN_FIELDS)
-    writer = csv.DictWriter(stream, fields, lineterminator="\n")
+    names = list(dict.fromkeys([*fields, *(name for row in rows for name in row)]))
+    writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, stream.getvalue().encode())
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """Write one row per run: tokens/s, ms, shares of 1; empty where not available."""
+    write_rows([_row(results, run) for run in results.runs], path, _RUN_FIELDS)

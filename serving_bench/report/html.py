@@ -1,16 +1,26 @@
-"""The HTML page: table, plot, environment and commands in one file without external resources."""
+"""HTML pages: table, plot, environment and commands in one file without external resources."""
 
 from __future__ import annotations
 
 import base64
 import shlex
 from importlib.resources import files
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import DictLoader, Environment, StrictUndefined
 
 from vllm_sparsek.serving_bench.results import COLUMNS, Results
+
+
+class About(Protocol):
+    """What the results of any measurement say about themselves."""
+
+    command: list[str]
+    model: str
+    started_utc: str
+    environment: dict[str, Any]
+    error: str | None
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:
@@ -31,10 +41,11 @@ def _rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def _facts(environment: dict[str, Any]) -> list[tuple[str, str]]:
-    facts = {key: environment.get(key) for key in ("device", "cpu", "platform", "python", "commit")}
-    facts |= environment.get("versions", {})
-    return [(name, "n/a" if value is None else str(value)) for name, value in facts.items()]
+def facts(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of what a result depends on besides the code."""
+    found = {key: environment.get(key) for key in ("device", "cpu", "platform", "python", "commit")}
+    found |= environment.get("versions", {})
+    return [(name, "n/a" if value is None else str(value)) for name, value in found.items()]
 
 
 def _commands(results: Results) -> list[str]:
@@ -48,7 +59,7 @@ def _commands(results: Results) -> list[str]:
     return list(commands)
 
 
-def _yaml(values: dict[str, Any]) -> str:
+def shown_as_yaml(values: dict[str, Any]) -> str:
     """Show settings as YAML, less those that are left out."""
     set_ = {
         name: {key: value for key, value in item.items() if value not in (None, [], {}, "")}
@@ -58,25 +69,46 @@ def _yaml(values: dict[str, Any]) -> str:
     return text.rstrip()
 
 
-def render(results: Results, png: bytes) -> str:
-    """Return the page. Everything from outside (names, paths, errors) is escaped."""
-    source = files("vllm_sparsek.serving_bench.report").joinpath("report.html.j2")
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
-        source.read_text(encoding="utf-8")
+def page(package: str, template: str, about: About, **values: Any) -> str:
+    """Fill a template that extends `base.html.j2`. Everything from outside is escaped.
+
+    package: where the template lies. about: what the head of every page tells.
+    """
+    sources = {
+        name: files(where).joinpath(name).read_text(encoding="utf-8")
+        for where, name in ((__package__, "base.html.j2"), (package, template))
+    }
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, loader=DictLoader(sources)
     )
+    return environment.get_template(template).render(
+        model=about.model,
+        environment=about.environment,
+        started_utc=about.started_utc,
+        error=about.error,
+        facts=facts(about.environment),
+        command=shlex.join(about.command),
+        **values,
+    )
+
+
+def embedded(png: bytes) -> str:
+    """A PNG as the text of a data URL."""
+    return base64.b64encode(png).decode("ascii")
+
+
+def render(results: Results, png: bytes) -> str:
+    """Return the benchmark's page."""
     rows = _rows(results)
-    return template.render(
-        model=results.model,
-        environment=results.environment,
-        started_utc=results.started_utc,
-        error=results.error,
+    return page(
+        __package__,
+        "report.html.j2",
+        results,
         columns=COLUMNS,
         rows=rows,
         repeats=max((row["repeats"] for row in results.summary()), default=0),
-        png=base64.b64encode(png).decode("ascii"),
-        facts=_facts(results.environment),
-        arms=_yaml(results.arms),
-        workloads=_yaml(results.workloads),
-        command=shlex.join(results.command),
+        png=embedded(png),
+        arms=shown_as_yaml(results.arms),
+        workloads=shown_as_yaml(results.workloads),
         commands=_commands(results),
     )

@@ -24,6 +24,28 @@ _BAR_INCHES = 0.8
 _BAR_HEIGHT_SHARE = 0.92
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of so many inches; not pyplot: no global state, no window system."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI)
+    return stream.getvalue()
+
+
+def plain(axes: Axes, title: str) -> None:
+    """Give axes the look that all plots share."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
 def _annotation(row: dict[str, float | None]) -> str:
     density, hits = row.get("density"), row.get("kv_hit_rate")
     return "\n".join(
@@ -81,10 +103,7 @@ def _panel(axes: Axes, results: Results, rows: dict, name: str, title: str) -> N
     axes.set_xticks(range(len(workloads)), workloads)
     axes.set_xlim(-0.5, len(workloads) - 0.5)
     axes.set_ylim(0, top * 1.32)
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
+    plain(axes, title)
 
 
 def render(results: Results) -> bytes:
@@ -92,9 +111,7 @@ def render(results: Results) -> bytes:
     rows = {(row["arm"], row["workload"]): row for row in results.summary()}
     arms = list(dict.fromkeys(arm for arm, _ in rows))
     bars = len(arms) * len({workload for _, workload in rows})
-    # not pyplot: no global state, no window system
-    figure = Figure(figsize=(max(7.0, 1.5 + bars * _BAR_INCHES), 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(7.0, 1.5 + bars * _BAR_INCHES), 7.5)
     for axes, (name, title) in zip(figure.subplots(2, 1), _PANELS, strict=True):
         _panel(axes, results, rows, name, title)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -105,6 +122,4 @@ def render(results: Results) -> bytes:
     model = "/".join(results.model.rstrip("/").split("/")[-2:])
     figure.suptitle(f"{model} on {results.environment.get('device')}", x=0.01, ha="left")
     figure.axes[0].set_title(_FOOTNOTE, loc="right", fontsize=8, color="#444444")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=DPI)
-    return stream.getvalue()
+    return to_png(figure)

@@ -102,7 +102,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         self.page = kv_cache_spec.block_size
         self.budget = self.config.budget(self.page)
         self.max_model_len = vllm_config.model_config.max_model_len
-        self.first_sparse = self.budget.first_sparse_position(self.max_model_len)
+        self.first_sparse = self.config.first_sparse_position(self.page, self.max_model_len)
         layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         always_dense = sum(layer.impl.always_dense for layer in layers.values())
         # the nominal budget decides which rows are sparse; how much is kept is up to the layers

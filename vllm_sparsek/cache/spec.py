@@ -67,7 +67,7 @@ def sparsek_spec(spec: AttentionSpec, config: SparseKConfig, max_model_len: int)
     """The same pages under the rule for prefix caching that the settings ask for."""
     if config.sparse_prefill:
         return replace_as(spec, SparseKSpec)
-    dense = config.budget(spec.block_size).first_sparse_position(max_model_len)
+    dense = config.first_sparse_position(spec.block_size, max_model_len)
     return replace_as(spec, PromptCachedSpec, dense_tokens=dense)
 
 

@@ -1,0 +1,1 @@
+"""Quality of sparse attention against dense, measured through vLLM: `vllm-sparsek eval`."""
