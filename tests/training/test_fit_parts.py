@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.scorers.learned import LearnedScorer
-from vllm_sparsek.training.budgets import LEAST_SHARE, MOST_SHARE, POINTS, allocate, curve
-from vllm_sparsek.training.data import DataError, Text, read_texts, training_windows
+from vllm_sparsek.training.budgets import (
+    ANSWER_WEIGHT,
+    DAMAGE_STRIDE,
+    LEAST_SHARE,
+    MOST_SHARE,
+    POINTS,
+    allocate,
+    curve,
+    measure_damage,
+)
+from vllm_sparsek.training.capture import attention_hook, load_model
+from vllm_sparsek.training.data import DataError, Text, Window, read_texts, training_windows
 from vllm_sparsek.training.objective import Split, Targets, competitions, dropped, kept_share
 from vllm_sparsek.training.retrieval import FAMILIES, retrieval_window
 from vllm_sparsek.training.solve import SolveSettings, fit_layer, normalised
+from vllm_sparsek.training.sparse import sparse_attention
 from vllm_sparsek.training.store import Store
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
+from tiny import write_model
 
 SPLIT = Split(window=8, sinks=2)
 HEADS, WINDOWS, N, SEGMENT = 2, 4, 256, 32
@@ -186,6 +203,38 @@ def test_budgets_keep_their_total_and_go_where_damage_is():
     assert given.min() >= LEAST_SHARE
     even = allocate(shape.repeat(4, 1), torch.ones(4))
     assert (even - 1).abs().max() <= 0.05
+
+
+def test_damage_is_the_divergence_of_running_with_one_sparse_layer(tmp_path):
+    folder = write_model(tmp_path / "model", num_hidden_layers=3)
+    model = load_model(folder, torch.device("cpu"), torch.float32)
+    ids = torch.randint(3, 500, (200,), generator=torch.Generator().manual_seed(0))
+    window = Window("probe", ids.tolist(), [(180, 184)])
+    budget = Budget(k=16, window=8, sinks=2, refresh=8)
+
+    def score(layer, key, value, hidden):
+        return key.norm(dim=-1)
+
+    ticks = []
+    damage = measure_damage(model, window, score, False, [0, 1, 2], budget, lambda: ticks.append(1))
+    assert len(ticks) == 3
+
+    def logits(sparse_layer):
+        def only(layer, query, key, value, scale):
+            if layer != sparse_layer:
+                return None
+            return sparse_attention(query, key, value, key.norm(dim=-1), budget, scale)
+
+        with attention_hook(only), torch.inference_mode():
+            return model(input_ids=ids[None]).logits[0].log_softmax(-1)
+
+    dense = logits(None)
+    first = budget.first_sparse_position(200)
+    for layer in range(3):
+        kl = (dense.exp() * (dense - logits(layer))).sum(-1)
+        expected = kl[first::DAMAGE_STRIDE].mean() + ANSWER_WEIGHT * kl[180:184].mean()
+        assert damage[layer] == pytest.approx(expected.item(), rel=1e-3, abs=1e-7)
+        assert damage[layer] > 0
 
 
 def test_a_store_goes_on_with_the_same_settings_only(tmp_path):

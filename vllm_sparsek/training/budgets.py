@@ -14,7 +14,12 @@ from typing import Any
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
-from vllm_sparsek.training.capture import attention_hook, layer_inputs
+from vllm_sparsek.training.capture import (
+    attention_hook,
+    layer_inputs,
+    outputs_kept,
+    outputs_replayed,
+)
 from vllm_sparsek.training.data import Window
 from vllm_sparsek.training.objective import Split, Targets, competitions
 from vllm_sparsek.training.sparse import sparse_attention
@@ -31,7 +36,7 @@ STEPS = 64
 POINTS = 17
 # tokens of the window that damage is measured on, and every how many of them one is looked at
 DAMAGE_TOKENS = 4096
-DAMAGE_STRIDE = 4
+DAMAGE_STRIDE = 8
 # what the answers' divergence counts beside that of all tokens
 ANSWER_WEIGHT = 0.25
 
@@ -94,7 +99,8 @@ def measure_damage(
     def divergence(dense: torch.Tensor, sparse: torch.Tensor) -> float:
         return (dense.exp() * (dense - sparse)).sum(-1).mean().item()
 
-    dense = predict()
+    with outputs_kept(model) as outputs:
+        dense = predict()
     damage = []
     for layer in layers:
 
@@ -105,7 +111,9 @@ def measure_damage(
             scores = score(at, key.transpose(0, 1), value.transpose(0, 1), inputs.get(at))
             return sparse_attention(query, key, value, scores.T, budget, scale)
 
-        with layer_inputs(model, hidden) as inputs, attention_hook(only):
+        # the layers before it do what they did
+        unchanged = outputs_replayed(model, outputs, layer)
+        with layer_inputs(model, hidden) as inputs, attention_hook(only), unchanged:
             found = [divergence(d, s) for d, s in zip(dense, predict(), strict=True)]
         damage.append(max(0.0, found[0] + ANSWER_WEIGHT * sum(found[1:])))
         tick()

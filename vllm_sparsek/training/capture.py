@@ -50,7 +50,7 @@ class CaptureSettings:
     """
 
     segment: int = 1024
-    stride: int = 8
+    stride: int = 16
     gap: int = 512
     hidden: bool = False
 
@@ -110,6 +110,34 @@ def layer_inputs(model: Any, wanted: bool = True) -> Iterator[dict[int, torch.Te
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def outputs_kept(model: Any) -> Iterator[list[Any]]:
+    """Outputs of the decoder's layers, in order, as they run."""
+    outputs: list[Any] = []
+    handles = [
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+        for layer in model.get_decoder().layers
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def outputs_replayed(model: Any, outputs: list[Any], first: int) -> Iterator[None]:
+    """Let the layers before ``first`` return ``outputs`` instead of running."""
+    replaced = list(model.get_decoder().layers)[:first]
+    for layer, output in zip(replaced, outputs, strict=False):
+        layer.forward = lambda *args, _output=output, **kwargs: _output
+    try:
+        yield
+    finally:
+        for layer in replaced:
+            del layer.forward
 
 
 # (layer, query [Hq, n, D], key, value [H, n, D], scale) -> [Hq, n, D], or None: attend densely

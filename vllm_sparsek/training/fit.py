@@ -64,7 +64,7 @@ class LayerReport:
     """How a layer's fit went; all but ``losses`` on the windows held out.
 
     Attributes:
-        layer: index; losses: of every step, on the training windows.
+        layer: index; losses: of every round of budgets, on the training windows.
         loss: attention dropped; recall: share of attention to far tokens kept at 25 %;
         answer_recall: the same of attention that answers pay.
     """

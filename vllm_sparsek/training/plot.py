@@ -25,7 +25,7 @@ def draw(reports: list[LayerReport], title: str) -> bytes:
     for report in reports:
         shade = report.layer / max(1, reports[-1].layer)
         left.plot(report.losses, color=(0.0, 0.3 + 0.5 * shade, 0.8 - 0.5 * shade), linewidth=0.8)
-    left.set(xlabel="step", ylabel="attention dropped", yscale="log",
+    left.set(xlabel="round of budgets", ylabel="attention dropped", yscale="log",
              title="training loss, a line a layer (blue: first, green: last)")  # fmt: skip
     layers = [report.layer for report in reports]
     right.plot(layers, [report.recall for report in reports], marker="o", label="far attention")

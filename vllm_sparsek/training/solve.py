@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 
@@ -152,7 +153,7 @@ def fit_layer(
         settings: how.
 
     Returns:
-        the scorer and the loss of every step.
+        the scorer and the loss of every round of budgets: a step takes one, in turn.
     """
     x, mean, std = normalised(features)
     scorer = LayerScorer(mean, std, settings.hidden_units, settings.seed)
@@ -166,9 +167,13 @@ def fit_layer(
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         chosen = torch.randperm(x.shape[1], generator=generator)[:BATCH].to(x.device)
         part = Targets(targets.mass[chosen], targets.answers[chosen], targets.segment)
-        loss = dropped(scorer(x[:, chosen]), part, settings.shares, settings.split)
+        # one budget a step, in turn: a step costs what one budget costs
+        share = settings.shares[step % len(settings.shares)]
+        loss = dropped(scorer(x[:, chosen]), part, (share,), settings.split)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return scorer, losses
+    rounds = range(0, len(losses), len(settings.shares))
+    means = [fmean(losses[low : low + len(settings.shares)]) for low in rounds]
+    return scorer, means
