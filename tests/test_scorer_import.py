@@ -12,7 +12,7 @@ from torch import nn
 from vllm_sparsek.cli import main
 from vllm_sparsek.model_id import model_fingerprint
 from vllm_sparsek.scorers.learned import load_layer
-from vllm_sparsek.scorers.scorer_file import ScorerReader
+from vllm_sparsek.scorers.scorer_reader import ScorerReader
 
 LAYERS, HEADS, DIM, SIZE, UNITS = 3, 2, 16, 64, 10
 

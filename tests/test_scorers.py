@@ -129,7 +129,7 @@ def at_once(scorer: Scorer, **options) -> Cache:
 def test_every_module_of_scorers_is_in_the_matrix():
     import vllm_sparsek.scorers as package
 
-    shared = {"base", "features", "scorer_file"}
+    shared = {"base", "features", "scorer_file", "scorer_reader"}
     modules = {p.stem for p in Path(package.__file__).parent.glob("[a-z]*.py")} - shared
     assert modules == {path.split(".")[-2] for path in SCORERS.values()} == set(SCORERS)
 

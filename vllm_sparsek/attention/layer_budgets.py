@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from vllm_sparsek.config import SparseKConfig
 from vllm_sparsek.kernels.common.budget import Budget
-from vllm_sparsek.scorers.scorer_file import ScorerFileError, ScorerReader
+from vllm_sparsek.scorers.scorer_file import ScorerFileError
+from vllm_sparsek.scorers.scorer_reader import ScorerReader
 
 # budgets of layers are multiples of it, in tokens
 STEP = 16

@@ -12,7 +12,8 @@ from vllm_sparsek.config import SparseKConfig
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.model_id import model_fingerprint
 from vllm_sparsek.scorers import scorer_class
-from vllm_sparsek.scorers.scorer_file import ScorerFileError, ScorerReader
+from vllm_sparsek.scorers.scorer_file import ScorerFileError
+from vllm_sparsek.scorers.scorer_reader import ScorerReader
 
 logger = init_logger("vllm.sparsek")
 

@@ -14,7 +14,8 @@ import torch
 from vllm_sparsek.kernels.score import api
 from vllm_sparsek.scorers import features
 from vllm_sparsek.scorers.base import ScoreBatch, Scorer
-from vllm_sparsek.scorers.scorer_file import ScorerFileError, ScorerReader
+from vllm_sparsek.scorers.scorer_file import ScorerFileError
+from vllm_sparsek.scorers.scorer_reader import ScorerReader
 
 # elements of the widest intermediate tensor: tokens are scored in slices of this size
 SLICE_ELEMENTS = 1 << 24
