@@ -251,3 +251,24 @@ def test_a_store_goes_on_with_the_same_settings_only(tmp_path):
     assert not other.has("a")
     other.remove()
     assert not (tmp_path / "work").exists()
+
+
+def test_a_full_disk_leaves_the_finished_steps(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    from vllm_sparsek.training import store as module
+
+    store = Store(tmp_path / "work", {})
+    store.write("a", {"x": torch.ones(2)})
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match=r"b.safetensors cannot be written: No space left"):
+        store.write("b", {"x": torch.ones(2)})
+    assert not store.has("b")
+    assert sorted(path.name for path in store.folder.iterdir()) == [
+        "a.safetensors", "settings.json",
+    ]  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -52,12 +52,18 @@ class Store:
         return self._path(step).is_file()
 
     def write(self, step: str, tensors: dict[str, torch.Tensor], record: Any = None) -> None:
-        """Keep the tensors of a finished step, and a record of it that JSON can hold."""
+        """Keep the tensors of a finished step, and a record of it that JSON can hold.
+
+        Raises:
+            OSError: the folder cannot hold them; earlier steps stay.
+        """
         temporary = self._path(step).with_suffix(".tmp")
         found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         try:
             save_file(found, temporary, {"record": json.dumps(record)})
             os.replace(temporary, self._path(step))
+        except SafetensorError as error:
+            raise OSError(f"{self._path(step)} cannot be written: {error}") from None
         finally:
             temporary.unlink(missing_ok=True)
 
