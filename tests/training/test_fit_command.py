@@ -13,7 +13,7 @@ from rich.console import Console
 from vllm_sparsek.cli import main
 from vllm_sparsek.model_id import model_fingerprint
 from vllm_sparsek.scorers.learned import load_layer
-from vllm_sparsek.scorers.scorer_file import ScorerReader
+from vllm_sparsek.scorers.scorer_reader import ScorerReader
 from vllm_sparsek.serving_bench.progress import Progress
 from vllm_sparsek.training.fit import FitSettings, fit
 from vllm_sparsek.training.objective import Split
