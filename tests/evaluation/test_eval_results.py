@@ -168,6 +168,9 @@ def test_an_arm_is_a_scorer_with_its_file_and_settings(tmp_path):
     assert arm.label == "learned=mine:granularity=page:refresh=128"
     assert arm.settings == {"scorer": "learned", "scorer_path": str(file),
                             "granularity": "page", "refresh": 128}  # fmt: skip
+    recorded = arm.recorded
+    assert recorded["scorer_path"] == "mine.safetensors", "reports name no folder"
+    assert len(recorded["sha256"]) == 64
     assert parse_arm("dense").settings is None
     with pytest.raises(BenchError, match="the dense arm has no settings"):
         parse_arm("dense:k=3")

@@ -28,6 +28,8 @@ example:
 """
 COLUMNS = "all,decode,question"
 
+DEFAULT_SCORERS = "quest,keydiff,knorm,recency,random"
+
 
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -61,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help="name or folder of the model")
     parser.add_argument(
-        "--scorers", type=_names, default=_names("keydiff,knorm,recency,random"), metavar="A,B",
+        "--scorers", type=_names, default=_names(DEFAULT_SCORERS), metavar="A,B",
         help="arms: a scorer, learned=FILE, or oracle (keeps the needles), each with further "
-        "settings as NAME:key=value; dense always runs (default: keydiff,knorm,recency,random)",
+        f"settings as NAME:key=value; dense always runs (default: {DEFAULT_SCORERS})",
     )  # fmt: skip
     parser.add_argument(
         "--budgets", type=_shares, default=[0.12, 0.25, 0.5], metavar="S,S",
@@ -169,7 +171,7 @@ def make_plan(
             "engine": engine, "filler": request.texts[0].name,
             "texts": {text.name: text.sha256 for text in request.texts},
         },
-        arms={arm.label: arm.settings for arm in arms},
+        arms={arm.label: arm.recorded for arm in arms},
         unavailable=[
             {"arm": arm, "column": column, "reason": reason}
             for (arm, column), reason in unavailable.items()

@@ -42,6 +42,14 @@ class Arm:
         """The scorer's name, or ``dense``."""
         return DENSE if self.settings is None else str(self.settings["scorer"])
 
+    @property
+    def recorded(self) -> dict[str, Any] | None:
+        """The settings for a report: a scorer's file by its name and hash, not by its folder."""
+        if self.settings is None or "scorer_path" not in self.settings:
+            return self.settings
+        path = self.settings["scorer_path"]
+        return {**self.settings, "scorer_path": Path(path).name, "sha256": file_sha256(path)}
+
 
 @dataclass(frozen=True)
 class Cell:
