@@ -30,11 +30,9 @@ def density(llm: Any) -> float | None:
     """Share of the context that was read, or None without SparseK."""
     from vllm_sparsek import metrics
 
-    path = metrics._path(llm.llm_engine.vllm_config, 0)
-    if not path.is_file():
-        return None
-    attended, context, *_ = metrics._FORMAT.unpack(path.read_bytes())
-    return attended / context
+    counted = metrics.read_counters(llm.llm_engine.vllm_config)
+    context = counted["context_tokens"]
+    return counted["tokens_attended"] / context if context else None
 
 
 def scores(llm: Any, tokens: int) -> dict[str, Any]:
