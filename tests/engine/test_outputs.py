@@ -14,10 +14,6 @@ CASES = {
     "quest": SMALL,
     "keydiff dense prefill": {**SMALL, "scorer": "keydiff"},
     "knorm sparse prefill": {**SMALL, "scorer": "knorm", "prefill": "sparse"},
-    # off the grid of selections and pages
-    "dense until within the prompts": {
-        **SMALL, "scorer": "knorm", "prefill": "sparse", "dense_until": 411,
-    },
     "pages, soft_v, share": {
         "k": 0.25, "k_min": 32, "window": 40, "sinks": 4, "refresh": 32, "granularity": "page",
         "mode": "soft_v", "scorer": "keydiff", "prefill": "sparse", "dense_layers": [0, 7],
@@ -100,11 +96,3 @@ def test_preemption_changes_nothing(case, engine, first, prompts):
     )  # fmt: skip
     assert result["metrics"]["vllm:num_preemptions"] > 0
     same({key: found[::-1] for key, found in result["answers"][0].items()}, first["answers"][0])
-
-
-def test_a_prompt_below_dense_until_is_read_as_with_dense_prefill(engine, prompts):
-    prompt = prompts[0]
-    call = [{"prompts": [prompt], "max_tokens": TOKENS}]
-    dense_prefill = engine(call, {**SMALL, "prefill": "dense"})
-    dense_until = engine(call, {**SMALL, "prefill": "sparse", "dense_until": len(prompt)})
-    same(dense_until["answers"][0], dense_prefill["answers"][0])
