@@ -11,7 +11,7 @@ pytestmark = pytest.mark.engine
 # far below the prompts' lengths, so that most queries are sparse
 SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16}
 CASES = {
-    "quest": SMALL,
+    "quest": {**SMALL, "scorer": "quest"},
     "keydiff dense prefill": {**SMALL, "scorer": "keydiff"},
     "knorm sparse prefill": {**SMALL, "scorer": "knorm", "prefill": "sparse"},
     # off the grid of selections and pages
@@ -104,6 +104,7 @@ def test_preemption_changes_nothing(case, engine, first, prompts):
 def test_a_prompt_below_dense_until_is_read_as_with_dense_prefill(engine, prompts):
     prompt = prompts[0]
     call = [{"prompts": [prompt], "max_tokens": TOKENS}]
-    dense_prefill = engine(call, {**SMALL, "prefill": "dense"})
-    dense_until = engine(call, {**SMALL, "prefill": "sparse", "dense_until": len(prompt)})
+    settings = {**SMALL, "scorer": "keydiff"}
+    dense_prefill = engine(call, {**settings, "prefill": "dense"})
+    dense_until = engine(call, {**settings, "prefill": "sparse", "dense_until": len(prompt)})
     same(dense_until["answers"][0], dense_prefill["answers"][0])
