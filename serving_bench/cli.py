@@ -75,11 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeat", type=_positive, default=1, metavar="N", help="runs per arm and workload"
     )
+    parser.add_argument(
+        "--quality",
+        type=Path,
+        metavar="TEXT_FILE",
+        help="also compare the perplexity of this text's start, at most 8128 tokens; an arm that"
+        " reads prompts densely (quest and other training-free scorers) has the dense arm's",
+    )
 
 
 def make_plan(args: argparse.Namespace, vllm: Sequence[str] | None = None) -> Plan:
     """Turn options into a plan. Raises BenchError on what argparse cannot see."""
-    from vllm_sparsek.serving_bench import config, environment, server
+    from vllm_sparsek.serving_bench import config, environment, quality, server
     from vllm_sparsek.serving_bench.errors import BenchError
     from vllm_sparsek.serving_bench.run import Plan
 
@@ -96,6 +103,9 @@ def make_plan(args: argparse.Namespace, vllm: Sequence[str] | None = None) -> Pl
         if args.model is None:
             raise BenchError("name a MODEL to serve, or an endpoint with --base-url")
         arms = {name: bench.arm(name) for name in args.arms or ["dense", "sparsek"]}
+    if args.quality is not None:
+        # before a server is started
+        quality.read(args.quality)
     workloads = args.workloads or list(bench.workloads)
     stamp = environment.utc_now().replace(":", "")
     return Plan(
@@ -109,6 +119,7 @@ def make_plan(args: argparse.Namespace, vllm: Sequence[str] | None = None) -> Pl
         port=args.port,
         server_args=args.server_arg,
         startup_timeout=args.startup_timeout,
+        quality=args.quality,
         vllm=vllm or server.VLLM,
     )
 
@@ -153,8 +164,7 @@ def run(args: argparse.Namespace, vllm: Sequence[str] | None = None) -> int:
             arms={name: arm.model_dump() for name, arm in plan.arms.items()},
             workloads={name: size.model_dump() for name, size in plan.sizes.items()},
         )
-        servers = 0 if plan.base_url else len(plan.arms)
-        with interruptible(), Progress(console, plan.runs + servers) as progress:
+        with interruptible(), Progress(console, plan.steps) as progress:
             Runner(plan, results, progress, lambda: report.save_data(results, plan.output)).run()
     except BenchError as error:
         status, message = 1, str(error)

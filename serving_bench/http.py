@@ -35,12 +35,12 @@ def get(url: str, timeout: float = 5.0) -> str:
     return _open(urllib.request.Request(url), timeout).decode("utf-8", errors="replace")
 
 
-def post(url: str, body: Any, timeout: float) -> None:
-    """POST JSON and read the answer to its end. Raises one of HTTP_ERRORS; timeout in seconds."""
+def post(url: str, body: Any, timeout: float) -> str:
+    """POST JSON, return the answer as text. Raises one of HTTP_ERRORS; timeout in seconds."""
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    _open(request, timeout)
+    return _open(request, timeout).decode("utf-8", errors="replace")
 
 
 def models(base_url: str, timeout: float = 5.0) -> list[dict[str, Any]]:

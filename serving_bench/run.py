@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_sparsek.serving_bench import client, environment, metrics, server
+from vllm_sparsek.serving_bench import client, environment, metrics, quality, server
 from vllm_sparsek.serving_bench.config import AnySize, Arm
 from vllm_sparsek.serving_bench.errors import BenchError
 from vllm_sparsek.serving_bench.processes import Child, shown
@@ -23,7 +23,8 @@ _WARMUP_SEED = 2**31
 class Plan:
     """What to run. base_url: measure this endpoint instead of starting servers.
 
-    startup_timeout: seconds. vllm: the command in front of `serve` and `bench`.
+    startup_timeout: seconds. vllm: the command in front of `serve` and `bench`. quality: a text
+    that every arm's perplexity is measured on; None: of no arm.
     """
 
     model: str | None
@@ -36,12 +37,14 @@ class Plan:
     port: int | None = None
     server_args: Sequence[str] = ()
     startup_timeout: float = 1800.0
+    quality: Path | None = None
     vllm: Sequence[str] = server.VLLM
 
     @property
-    def runs(self) -> int:
-        """Number of runs in all."""
-        return len(self.arms) * len(self.sizes) * self.repeat
+    def steps(self) -> int:
+        """Number of steps in all: servers to start, runs, windows to read."""
+        once = (self.base_url is None) + (self.quality is not None)
+        return len(self.arms) * (len(self.sizes) * self.repeat + once)
 
 
 def _seed(workload_index: int, repeat: int) -> int:
@@ -62,6 +65,7 @@ class Runner:
         self.results = results
         self.progress = progress
         self.save = save
+        self._window: quality.Window | None = None
 
     def run(self) -> None:
         """Run everything. Raises BenchError at the first failure; finished runs are kept."""
@@ -110,6 +114,21 @@ class Runner:
                 if run.failed:
                     total = run.failed + run.completed
                     self.progress.say(f"  ! {label}: {run.failed} of {total} requests failed")
+        # last, outside all readings of the server's counters
+        if self.plan.quality is not None:
+            self._quality(name, endpoint, child, self.plan.quality)
+
+    def _quality(self, name: str, endpoint: Endpoint, child: Child | None, text: Path) -> None:
+        with self.progress.task(f"{name}: quality"):
+            if self._window is None:
+                # the first arm's, so that all arms read the same
+                self._window = quality.window(text, endpoint, child)
+                self.results.quality_window = self._window.to_json()
+            self.results.perplexity[name] = quality.perplexity(self._window, endpoint, child)
+        self.save()
+        change = self.results.quality(name)["perplexity_change"]
+        if change is not None:
+            self.progress.say(f"{name}: quality: {100 * change:+.1f} % perplexity against dense")
 
     def _measure(
         self,

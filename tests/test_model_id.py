@@ -19,6 +19,20 @@ def weights(seed=0, rows=300):
     }
 
 
+def write(path, tensors):
+    """A safetensors file with its tensors in the order given; ``save_file`` sorts them."""
+    header, data = {}, b""
+    for name, tensor in tensors:
+        content = tensor.numpy().tobytes()
+        header[name] = {
+            "dtype": "F32", "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(content)],
+        }  # fmt: skip
+        data += content
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
 @pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "model"
@@ -43,21 +57,46 @@ def test_metadata_of_a_file_do_not_enter(model):
     assert model_fingerprint(str(model)) == found
 
 
-@pytest.mark.parametrize("change", ["values", "names", "dtype", "another file", "one sampled byte"])
+def test_the_order_of_tensors_and_their_files_do_not_enter(model, tmp_path):
+    found = model_fingerprint(str(model))
+    turned, sharded = tmp_path / "turned", tmp_path / "sharded"
+    turned.mkdir()
+    write(turned / "model.safetensors", reversed(weights().items()))
+    assert (turned / "model.safetensors").read_bytes() != (model / "model.safetensors").read_bytes()
+    assert model_fingerprint(str(turned)) == found
+    sharded.mkdir()
+    files = {"b.weight": "model-00001.safetensors", "a.weight": "model-00002.safetensors"}
+    for name, file in files.items():
+        save_file({name: weights()[name]}, str(sharded / file))
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert model_fingerprint(str(sharded)) == found
+
+
+CHANGES = ["values", "names", "dtype", "shape", "another file", "a sampled byte", "a small tensor"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_model_has_another_fingerprint(change, model):
     found, path = model_fingerprint(str(model)), model / "model.safetensors"
+    middle = 300 * 64 // 2
     if change == "values":
         save_file(weights(seed=1), str(path))
     elif change == "names":
         save_file({f"x.{name}": t for name, t in weights().items()}, str(path))
     elif change == "dtype":
-        save_file({name: t.bfloat16() for name, t in weights().items()}, str(path))
+        save_file({name: t.view(torch.int32) for name, t in weights().items()}, str(path))
+    elif change == "shape":
+        save_file({name: t.unsqueeze(0) for name, t in weights().items()}, str(path))
     elif change == "another file":
-        save_file(weights(seed=2), str(model / "more.safetensors"))
+        save_file({"c.weight": torch.ones(2)}, str(model / "more.safetensors"))
+    elif change == "a sampled byte":
+        changed = weights()
+        changed["a.weight"].view(-1)[middle] += 1
+        save_file(changed, str(path))
     else:
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
+        changed = weights()
+        changed["b.weight"][0] += 1
+        save_file(changed, str(path))
     assert model_fingerprint(str(model)) not in (found, None)
 
 
@@ -82,7 +121,16 @@ def test_a_second_copy_in_mistrals_naming_changes_nothing(model):
 
 def test_no_weights_no_fingerprint(tmp_path):
     assert model_fingerprint(str(tmp_path)) is None
-    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    path = tmp_path / "model.safetensors"
+    for header in (b"\xff" * 100, b"[]", b'{"a": 3}', b'{"a": {"dtype": "F32"}}'):
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        assert model_fingerprint(str(tmp_path)) is None
+    path.write_bytes(b"\xff" * 100)
+    assert model_fingerprint(str(tmp_path)) is None
+    write(path, weights().items())
+    assert model_fingerprint(str(tmp_path)) is not None
+    # an interrupted download
+    path.write_bytes(path.read_bytes()[:-20])
     assert model_fingerprint(str(tmp_path)) is None
 
 

@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+STAND_INS = ("stand-in.safetensors", "stand-in.json")
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
@@ -23,6 +25,9 @@ def wheel(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("vllm_sparsek", "kernels", "serving_bench", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # the build must take them whether or not there is a real one yet
+    for name in STAND_INS:
+        (source / "configs" / "scorers" / name).touch()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     done = subprocess.run(
@@ -98,8 +103,16 @@ def test_every_source_file_is_in_the_wheel(names):
     assert expected <= names
 
 
+def test_shipped_scorers_and_their_logs_are_in_the_wheel(names):
+    folder = ROOT / "configs" / "scorers"
+    real = {path.name for kind in ("safetensors", "json") for path in folder.glob(f"*.{kind}")}
+    inside = {Path(name) for name in names if name.startswith("vllm_sparsek/configs/scorers/")}
+    assert {path.name for path in inside} == {"__init__.py", *STAND_INS, *real}
+
+
 def test_nothing_else_is_in_the_wheel(names):
-    inside = {name for name in names if ".dist-info/" not in name}
+    scorers = "vllm_sparsek/configs/scorers/"
+    inside = {name for name in names if ".dist-info/" not in name and not name.startswith(scorers)}
     assert {Path(name).suffix for name in inside if not name.endswith("py.typed")} == {
         ".py", ".yaml", ".j2"
     }  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -51,7 +51,8 @@ class SparseKConfig:
         mode: ``hard`` (plain softmax over what is kept) or ``soft_v`` (values outside the
             window weighted by the SparseK operator).
         scorer: a name from ``vllm_sparsek.scorers``, or ``auto``: ``learned`` when
-            ``scorer_path`` is set, else ``quest``, which selects by every decode step's query.
+            ``scorer_path`` is set or a scorer of the model served ships with the package, else
+            ``quest``, which selects by every decode step's query.
         scorer_path: safetensors file of a learned scorer; relative paths of a checkpoint's
             ``sparsek_config`` are relative to the checkpoint, whose own folder is no place for
             it: vLLM loads every safetensors file there as weights.
@@ -182,6 +183,7 @@ class SparseKConfig:
         additional: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
         checkpoint_dir: str | None = None,
+        shipped: Callable[[], str | None] | None = None,
     ) -> SparseKConfig:
         """Merge all sources.
 
@@ -190,6 +192,8 @@ class SparseKConfig:
             additional: the ``sparsek`` entry of vLLM's ``--additional-config``.
             env: environment; default ``os.environ``.
             checkpoint_dir: folder of the checkpoint, for a relative ``scorer_path`` in it.
+            shipped: path of the shipped scorer of the model, if there is one; called where the
+                sources leave the choice of a scorer open, to be its ``scorer_path``.
 
         Raises:
             SparseKConfigError: unknown key, wrong type, value out of range, contradiction.
@@ -218,6 +222,8 @@ class SparseKConfig:
             merged["dense_layers"] = tuple(merged["dense_layers"])
         if "k_min" in merged and not isinstance(merged.get("k"), float):
             raise _error("k_min", merged["k_min"], "it is the floor of a k given as a share (0..1)")
+        if merged.get("scorer", "auto") == "auto" and not merged.get("scorer_path") and shipped:
+            merged["scorer_path"] = shipped()
         return replace(cls(), **merged)
 
 

@@ -6,18 +6,19 @@ import hashlib
 import json
 from pathlib import Path
 
-SAMPLES = 64  # per file
-SAMPLE_BYTES = 4096
+SAMPLE_BYTES = 256  # of every tensor
 # far beyond any real header; a length above it means the file is no safetensors file
 MAX_HEADER_BYTES = 100 << 20
 
 
 def model_fingerprint(model: str, revision: str | None = None) -> str | None:
-    """SHA-256 over the headers of a model's safetensors files and samples of their bytes.
+    """SHA-256 over names, dtypes, shapes and samples of a model's tensors.
 
-    Names of files do not enter, nor their metadata; names, dtypes, shapes and offsets of
-    tensors do, and 64 samples of 4 KiB spread evenly over every file. Copies of a checkpoint
-    have its fingerprint, other weights of the same architecture another.
+    The sample is the 256 bytes in the middle of a tensor's data, or all of a smaller tensor.
+    Tensors enter in the order of their names: how they are spread over files, their order there,
+    names of files and metadata do not matter. A checkpoint that is copied, sharded or written by
+    another version of transformers keeps its fingerprint; other weights of the same architecture,
+    or another dtype, have another.
 
     Args:
         model: a checkpoint's folder, or a hub id that is looked up in the local Hugging Face
@@ -32,10 +33,11 @@ def model_fingerprint(model: str, revision: str | None = None) -> str | None:
     if not files:
         return None
     try:
-        digests = sorted(_file_digest(path) for path in files)
-    except (OSError, ValueError):
+        tensors = sorted(line for path in files for line in _tensors(path))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        # unreadable, cut short, or a header that is none
         return None
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    return hashlib.sha256("\n".join(tensors).encode()).hexdigest()
 
 
 def local_folder(model: str, revision: str | None = None) -> Path | None:
@@ -66,19 +68,22 @@ def _weight_files(folder: Path) -> list[Path] | None:
     return [path for path in found if not path.name.startswith("consolidated")] or found
 
 
-def _file_digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
+def _tensors(path: Path) -> list[str]:
+    """One line per tensor of a file: name, dtype, shape and a sample, as JSON."""
+    lines = []
+    # unbuffered: of every tensor only the sample is wanted
+    with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{path} is not a safetensors file")
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        digest.update(json.dumps(header, sort_keys=True).encode())
-        start = 8 + length
-        room = max(0, path.stat().st_size - start - SAMPLE_BYTES)
-        # a small file is read several times over, which does no harm
-        for sample in range(SAMPLES):
-            file.seek(start + room * sample // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.digest()
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            size = min(SAMPLE_BYTES, end - begin)
+            file.seek(8 + length + (begin + end - size) // 2)
+            sample = file.read(size)
+            if len(sample) < size:
+                raise ValueError(f"{path} is cut short")
+            lines.append(json.dumps([name, entry["dtype"], entry["shape"], sample.hex()]))
+    return lines

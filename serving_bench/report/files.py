@@ -35,6 +35,7 @@ def _row(results: Results, run: Run) -> dict[str, object]:
     return {
         **{name: getattr(run, name) for name in _RUN_FIELDS},
         **run.metrics,
+        **results.quality(run.arm),
         "model": results.model,
         "device": environment.get("device"),
         "commit": environment.get("commit"),

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import yaml
 from jinja2 import DictLoader, Environment, StrictUndefined
 
-from vllm_sparsek.serving_bench.results import COLUMNS, Results
+from vllm_sparsek.serving_bench.results import Results, columns
 
 
 class About(Protocol):
@@ -34,7 +34,7 @@ def _rows(results: Results) -> list[dict[str, Any]]:
                 "arm": row["arm"],
                 "failed": row["failed"],
                 "first": previous is not None and row["workload"] != previous,
-                "cells": [column.show(row) for column in COLUMNS],
+                "cells": [column.show(row) for column in columns(results)],
             }
         )
         previous = row["workload"]
@@ -104,7 +104,8 @@ def render(results: Results, png: bytes) -> str:
         __package__,
         "report.html.j2",
         results,
-        columns=COLUMNS,
+        columns=columns(results),
+        quality=results.quality_window,
         rows=rows,
         repeats=max((row["repeats"] for row in results.summary()), default=0),
         png=embedded(png),

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_sparsek.serving_bench.results import COLUMNS, Column, Results
+from vllm_sparsek.serving_bench.results import Column, Results, columns
 
 # " | " between columns
 _GAP = 3
@@ -17,12 +17,14 @@ def _heading(column: Column) -> str:
     return f"{column.heading}\n{column.unit}" if column.unit else column.heading
 
 
-def _blocks(rows: list[dict[str, object]], width: int) -> list[list[Column]]:
+def _blocks(
+    rows: list[dict[str, object]], columns: tuple[Column, ...], width: int
+) -> list[list[Column]]:
     """Spread the columns over as few tables as fit `width` characters."""
     keys = sum(max(len(str(row[key])) for row in rows) + _GAP for key in ("workload", "arm")) + 1
     blocks: list[list[Column]] = [[]]
     used = keys
-    for column in COLUMNS:
+    for column in columns:
         cells = [*_heading(column).split("\n"), *(column.show(row) for row in rows)]
         need = max(map(len, cells)) + _GAP
         if blocks[-1] and used + need > width:
@@ -39,11 +41,11 @@ def show(results: Results, console: Console) -> None:
     rows = sorted(results.summary(), key=lambda row: order.get(row["workload"], len(order)))
     if not rows:
         return
-    for columns in _blocks(rows, console.width):
+    for block in _blocks(rows, columns(results), console.width):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
         table.add_column("workload", no_wrap=True)
         table.add_column("arm", no_wrap=True)
-        for column in columns:
+        for column in block:
             table.add_column(_heading(column), justify="right", no_wrap=True)
         previous = None
         for row in rows:
@@ -52,7 +54,7 @@ def show(results: Results, console: Console) -> None:
             shown = "" if row["workload"] == previous else row["workload"]
             previous = row["workload"]
             mark = " !" if row["failed"] else ""
-            cells = [column.show(row) for column in columns]
+            cells = [column.show(row) for column in block]
             table.add_row(escape(shown), escape(row["arm"]) + mark, *cells)
         # a table too wide by a word is better cut by the terminal than squeezed by rich
         console.print(table, overflow="ignore", crop=False)

@@ -111,6 +111,26 @@ def serve():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert body["model"] == "served", body
+            if self.path == "/tokenize":
+                if "no-tokenize" in model:
+                    return self.reply("Not Found", 404)
+                return self.reply(json.dumps({"tokens": [ord(c) % 100 for c in body["prompt"]]}))
+            if "prompt_logprobs" in body:
+                if "no-logprobs" in model:
+                    return self.reply(json.dumps({"choices": [{"prompt_logprobs": None}]}))
+                if "dies-of-quality" in model:
+                    print("RuntimeError: out of memory", flush=True)
+                    os._exit(3)
+                ids = body["prompt"]
+                assert len(ids) < 4096 and body["max_tokens"] == 1, (len(ids), body["max_tokens"])
+                # the half that is read first would be worse
+                half = len(ids) - len(ids) // 2
+                good = -2.02 if "sparsek" in argv else -2.0
+                steps = [None] + [{str(t): {"logprob": good if i >= half else -9.0}}
+                                  for i, t in enumerate(ids) if i]
+                with lock:
+                    counters["vllm:prompt_tokens"] += len(ids)
+                return self.reply(json.dumps({"choices": [{"prompt_logprobs": steps}]}))
             if "die-in-run" in model and body.get("measured"):
                 print("RuntimeError: the engine fell over", flush=True)
                 os._exit(3)

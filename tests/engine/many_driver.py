@@ -1,9 +1,9 @@
 """Runs many small engines one after another in this process and prints their answers as JSON.
 
 argv[1]: a JSON file with a list of specifications, see driver.py; "scores": n adds the scores of
-the first request's first n tokens. A model that cannot be served
-gives {"error": ...} instead of answers. With engines in the process itself, starting one takes
-seconds; what happens between processes is for driver.py to show.
+the first request's first n tokens, "shipped": folder stands for that of the shipped scorers. A
+model that cannot be served gives {"error": ...} instead of answers. With engines in the process
+itself, starting one takes seconds; what happens between processes is for driver.py to show.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ def managers(llm: Any) -> list[str]:
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     """One engine's answers."""
     found: dict[str, Any] = {}
+    if "shipped" in spec:
+        from vllm_sparsek.scorers import shipped
+
+        shipped.shipped_folder = lambda: Path(spec["shipped"])
 
     def inspect(llm: Any) -> None:
         found.update(backends=backends(llm), density=density(llm), managers=managers(llm))

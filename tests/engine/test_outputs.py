@@ -11,7 +11,7 @@ pytestmark = pytest.mark.engine
 # far below the prompts' lengths, so that most queries are sparse
 SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16}
 CASES = {
-    "quest": SMALL,
+    "quest": {**SMALL, "scorer": "quest"},
     "keydiff dense prefill": {**SMALL, "scorer": "keydiff"},
     "knorm sparse prefill": {**SMALL, "scorer": "knorm", "prefill": "sparse"},
     "pages, soft_v, share": {

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.engine
 
 READY_SECONDS = 300
 SETTINGS = {"k": 64, "window": 32, "sinks": 4, "refresh": 16}
+# by name: the model has a shipped scorer
+SPARSEK = {"scorer": "quest", **SETTINGS}
 TOKENS = 40
 MODEL_NAME = "demo"
 
@@ -63,7 +65,7 @@ def server(model_dir, tmp_path_factory):
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model_dir,
         "--attention-config.backend", "sparsek",
-        "--additional-config", json.dumps({"sparsek": SETTINGS}),
+        "--additional-config", json.dumps({"sparsek": SPARSEK}),
         "--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME,
         "--gpu-memory-utilization", "0.3", "--max-model-len", "2048", "--enforce-eager",
     ]  # fmt: skip
@@ -133,7 +135,7 @@ def test_the_log_says_which_backend_and_which_settings(server, answer):
     log = server.log.read_text()
     assert "Using SPARSEK backend." in log
     assert "k=64" in log
-    assert log.count("no scorer is fitted to this model") == 1
+    assert log.count("no scorer fitted to this model is in use") == 1
 
 
 def test_metrics_are_exported_from_the_start(before):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
@@ -11,7 +14,7 @@ from vllm_sparsek.attention.support import refuse_unsupported_with_hidden
 from vllm_sparsek.config import SparseKConfig
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.model_id import model_fingerprint
-from vllm_sparsek.scorers import scorer_class
+from vllm_sparsek.scorers import scorer_class, shipped
 from vllm_sparsek.scorers.scorer_file import ScorerFileError
 from vllm_sparsek.scorers.scorer_reader import ScorerReader
 
@@ -22,13 +25,25 @@ _shares: dict[str, tuple[float, ...] | None] = {}
 
 
 def resolve_settings(vllm_config: VllmConfig) -> SparseKConfig:
-    """Merge the settings from all sources.
+    """Merge the settings from all sources; a scorer that they leave open may be a shipped one.
 
     Raises:
         SparseKConfigError: a setting that cannot be used.
     """
     checkpoint, direct, folder = compat.sparsek_settings(vllm_config)
-    return SparseKConfig.resolve(checkpoint, direct, checkpoint_dir=folder)
+    model = vllm_config.model_config
+
+    def shipped_path() -> str | None:
+        path = shipped.shipped_scorer(_served_fingerprint(model.model, model.revision))
+        return str(path) if path is not None else None
+
+    return SparseKConfig.resolve(checkpoint, direct, checkpoint_dir=folder, shipped=shipped_path)
+
+
+# asked for by every reading of the settings; weights do not change under a server
+@functools.lru_cache(maxsize=1)
+def _served_fingerprint(model: str, revision: str | None) -> str | None:
+    return model_fingerprint(model, revision)
 
 
 def check_scorer(vllm_config: VllmConfig, config: SparseKConfig) -> None:
@@ -51,7 +66,7 @@ def check_scorer(vllm_config: VllmConfig, config: SparseKConfig) -> None:
     if fitted_to is None:
         return
     model = vllm_config.model_config
-    served = model_fingerprint(model.model, model.revision)
+    served = _served_fingerprint(model.model, model.revision)
     if served is None:
         logger.warning_once(
             "sparsek: no safetensors weights of %s found to compare with the model that %s was "
@@ -73,9 +88,12 @@ def settings_of(vllm_config: VllmConfig) -> SparseKConfig:
         _current.clear()
         _current[key] = config, vllm_config.model_config.max_model_len
         logger.info("sparsek: %s", config)
+        path = config.scorer_path
+        if path is not None and Path(path).parent == shipped.shipped_folder():
+            logger.info("sparsek: the learned scorer %s, shipped for this model", Path(path).stem)
         if not scorer_class(config.scorer_name).trained:
             logger.warning(
-                "sparsek: no scorer is fitted to this model: %s instead, prefill is %s. "
+                "sparsek: no scorer fitted to this model is in use: %s instead, prefill is %s. "
                 "To fit one: vllm-sparsek fit %s --out scorer.safetensors, then serve with "
                 '--additional-config \'{"sparsek": {"scorer_path": "scorer.safetensors"}}\'',
                 "pages are chosen by every decode step's query (quest)" if config.query_aware

@@ -1,0 +1,1 @@
+"""Learned scorers that ship with the package: NAME.safetensors, and NAME.json, the fit's log."""
