@@ -23,7 +23,7 @@ for s in "$@"; do
     engine) stage engine-v2 590 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/engine/test_outputs.py -q -x ;;
     engine-v1) VLLM_USE_V2_MODEL_RUNNER=0 stage engine-v1 590 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/engine/test_outputs.py -q -x -k "${ENGINE_CASES:-keydiff or default}" ;;
     llama) stage llama-dense 290 python3 "$root"/tests/gpu/llama_shape.py dense "$out/llama-dense.json"
-           stage llama-sparsek 290 python3 "$root"/tests/gpu/llama_shape.py sparsek "$out/llama-sparsek.json" ;;
+           stage llama-sparsek 290 python3 "$root"/tests/gpu/llama_shape.py sparsek "$out/llama-sparsek.json" '{"scorer": "keydiff"}' ;;
     *) echo "unknown stage $s" >&2; exit 2 ;;
   esac
 done
