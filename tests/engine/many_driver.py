@@ -41,8 +41,7 @@ def scores(llm: Any, tokens: int) -> dict[str, Any]:
     found = {}
     for name, layer in layers.items():
         if name.endswith(".sparsek_scores"):
-            cache, _ = layer.views()
-            pages = cache[1:].transpose(1, 2).flatten(0, 1)
+            pages = layer.views().scores[1:].transpose(1, 2).flatten(0, 1)
             found[name] = pages[:tokens].tolist()
     return found
 

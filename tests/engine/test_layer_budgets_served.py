@@ -107,7 +107,8 @@ def test_chunks_batches_and_the_prefix_cache_change_nothing(name, results):
 def test_tokens_attended_are_the_mean_over_layers(name, results):
     tokens(results, name)
     settings = SETTINGS[name]
-    config = SparseKConfig(**{**settings, "dense_layers": tuple(DENSE)})
+    # any scorer of tokens: the budget is the learned one's
+    config = SparseKConfig(**{**settings, "scorer": "knorm", "dense_layers": tuple(DENSE)})
     nominal = config.budget(PAGE)
     budgets = [b for b in split_budget(nominal, SHARES, (2,)) if b is not None]
     attended = context = 0.0
