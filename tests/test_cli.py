@@ -57,11 +57,11 @@ def test_a_further_command_is_one_entry_and_its_module_is_imported_when_named(mo
     module = types.ModuleType("fake_command")
     module.add_arguments = lambda parser: parser.add_argument("--x", type=int)
     module.run = lambda args: args.x
-    commands = (*cli.COMMANDS, cli.Command(("fit",), "fake_command", "help"))
+    commands = (*cli.COMMANDS, cli.Command(("further",), "fake_command", "help"))
     # not importable yet: other commands do not care
     cli.build_parser(["bench", "serve"], commands)
     monkeypatch.setitem(sys.modules, "fake_command", module)
-    args = cli.build_parser(["fit"], commands).parse_args(["fit", "--x", "3"])
+    args = cli.build_parser(["further"], commands).parse_args(["further", "--x", "3"])
     assert args.run(args) == 3
 
 

@@ -107,7 +107,7 @@ class Cache:
         batch = ScoreBatch(
             torch.cat(key), torch.cat(value), torch.cat(positions).int(), padded, self.kv,
             self.table, new.cumsum(0).int(), torch.tensor(ends, dtype=torch.int32),
-            self.scores, self.anchors, self.bounds,
+            self.scores, self.anchors, bounds=self.bounds,
         )  # fmt: skip
         self.scorer.write(batch)
 
@@ -129,7 +129,7 @@ def at_once(scorer: Scorer, **options) -> Cache:
 def test_every_module_of_scorers_is_in_the_matrix():
     import vllm_sparsek.scorers as package
 
-    shared = {"base", "features", "scorer_file", "scorer_reader"}
+    shared = {"base", "features", "scorer_file", "scorer_reader", "shipped"}
     modules = {p.stem for p in Path(package.__file__).parent.glob("[a-z]*.py")} - shared
     assert modules == {path.split(".")[-2] for path in SCORERS.values()} == set(SCORERS)
 
