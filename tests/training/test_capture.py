@@ -90,7 +90,7 @@ def test_layers_with_a_sliding_window_are_left_out(tmp_path):
                                atol=1e-4, rtol=1e-3)  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [20, 63, 130, 257])
+@pytest.mark.parametrize("n", [20, 63, 130])
 def test_sparse_attention_is_the_definition(n):
     g = torch.Generator().manual_seed(n)
     query = torch.randn(4, n, 16, generator=g)
