@@ -156,3 +156,11 @@ def test_a_wrong_argument_is_named_in_one_line(
     assert message in error
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(text, tmp_path, capsys):
+    out = tmp_path / "scorer.safetensors"
+    assert main(["fit", str(tmp_path / "no-model"), "--data", text, "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "no-model" in error
+    assert "Traceback" not in error

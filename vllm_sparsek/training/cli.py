@@ -88,11 +88,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from vllm_sparsek.scorers.scorer_file import FEATURES, ScorerFileError
+    from vllm_sparsek.scorers.scorer_file import FEATURES
     from vllm_sparsek.serving_bench.errors import Interrupted
     from vllm_sparsek.serving_bench.processes import interruptible
     from vllm_sparsek.serving_bench.progress import Progress
-    from vllm_sparsek.training.data import DataError
     from vllm_sparsek.training.fit import FitSettings, fit
     from vllm_sparsek.training.plot import draw
     from vllm_sparsek.training.solve import SolveSettings
@@ -124,8 +123,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         with interruptible(), Progress(Console(), steps=args.windows + 2) as progress:
             reports = fit(settings, args.out, progress)
-    except (DataError, ScorerFileError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        # texts, the scorer file, or a model that transformers cannot load: its first line says it
+        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 1
     except Interrupted as stop:
         print("interrupted: the same command goes on from here", file=sys.stderr)

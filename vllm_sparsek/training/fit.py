@@ -248,7 +248,7 @@ class _Run:
                 self.store.write("damage", {"damage": torch.tensor(damage)})
         curves = torch.stack([self.store.read(f"layer-{layer}")["curve"] for layer in self.layers])
         given = allocate(curves, self.store.read("damage")["damage"])
-        shares = torch.zeros(max(self.layers) + 1)
+        shares = torch.zeros(self.model.config.get_text_config().num_hidden_layers)
         shares[self.layers] = given
         self.progress.say(
             "budget by layer: " + " ".join(f"{share:.2f}" for share in shares.tolist())
