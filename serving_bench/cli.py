@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_sparsek.arguments import has_modules, names, positive
+
 if TYPE_CHECKING:
     from vllm_sparsek.serving_bench.run import Plan
 
@@ -21,20 +23,6 @@ example:
 """
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("needs at least one name")
-    return list(dict.fromkeys(names))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = DESCRIPTION
@@ -42,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", nargs="?", help="name or folder of the model")
     parser.add_argument(
-        "--arms", type=_names, metavar="A,B", help="arms to compare (default: dense,sparsek)"
+        "--arms", type=names, metavar="A,B", help="arms to compare (default: dense,sparsek)"
     )
     parser.add_argument(
-        "--workloads", type=_names, metavar="A,B", help="workloads to run (default: all)"
+        "--workloads", type=names, metavar="A,B", help="workloads to run (default: all)"
     )
     parser.add_argument("--scale", default="gpu", help="size of the workloads (default: gpu)")
     parser.add_argument(
@@ -57,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-url", metavar="URL", help="measure this endpoint instead of starting servers"
     )
-    parser.add_argument("--port", type=_positive, help="port of the servers (default: a free one)")
+    parser.add_argument("--port", type=positive, help="port of the servers (default: a free one)")
     parser.add_argument(
         "--server-arg",
         action="append",
@@ -67,13 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--startup-timeout",
-        type=_positive,
+        type=positive,
         default=1800,
         metavar="S",
         help="seconds a server may take to start (default: 1800)",
     )
     parser.add_argument(
-        "--repeat", type=_positive, default=1, metavar="N", help="runs per arm and workload"
+        "--repeat", type=positive, default=1, metavar="N", help="runs per arm and workload"
     )
     parser.add_argument(
         "--quality",
@@ -130,15 +118,9 @@ def run(args: argparse.Namespace, vllm: Sequence[str] | None = None) -> int:
     0: all done. 1: failed, after one line that says why; what was finished is reported. 128 + n:
     ended by signal n.
     """
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import pydantic  # noqa: F401
-        from rich.console import Console
-    except ImportError as error:
-        print(f"error: {error.name} is missing: pip install 'vllm-sparsek[bench]'", file=sys.stderr)
+    if not has_modules("jinja2", "matplotlib", "prometheus_client", "pydantic", "rich"):
         return 1
+    from rich.console import Console
 
     from vllm_sparsek.serving_bench import environment, report
     from vllm_sparsek.serving_bench.errors import BenchError, Interrupted

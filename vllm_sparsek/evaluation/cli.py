@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_sparsek.arguments import has_modules, names, positive
+
 if TYPE_CHECKING:
     from vllm_sparsek.evaluation.results import Results
     from vllm_sparsek.evaluation.run import Plan
@@ -31,26 +33,12 @@ COLUMNS = "all,decode,question"
 DEFAULT_SCORERS = "quest,keydiff,knorm,recency,random"
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("needs at least one name")
-    return list(dict.fromkeys(names))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
 def _lengths(text: str) -> list[int]:
-    return [_positive(part) for part in _names(text)]
+    return [positive(part) for part in names(text)]
 
 
 def _shares(text: str) -> list[float]:
-    shares = [float(part) for part in _names(text)]
+    shares = [float(part) for part in names(text)]
     if not all(0 < share < 1 for share in shares):
         raise argparse.ArgumentTypeError("shares lie between 0 and 1")
     return shares
@@ -63,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help="name or folder of the model")
     parser.add_argument(
-        "--scorers", type=_names, default=_names(DEFAULT_SCORERS), metavar="A,B",
+        "--scorers", type=names, default=names(DEFAULT_SCORERS), metavar="A,B",
         help="arms: a scorer, learned=FILE, or oracle (keeps the needles), each with further "
         f"settings as NAME:key=value; dense always runs (default: {DEFAULT_SCORERS})",
     )  # fmt: skip
@@ -72,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shares of the context: k, window and sinks together (default: 0.12,0.25,0.5)",
     )  # fmt: skip
     parser.add_argument(
-        "--columns", type=_names, default=_names(COLUMNS), metavar="A,B",
+        "--columns", type=names, default=names(COLUMNS), metavar="A,B",
         help=f"what is read sparsely (default: {COLUMNS})",
     )  # fmt: skip
     parser.add_argument(
@@ -80,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of the contexts and windows, multiples of 64 (default: 4096)",
     )  # fmt: skip
     parser.add_argument(
-        "--tasks", type=_names, metavar="A,B", help="tasks, perplexity among them (default: all)"
+        "--tasks", type=names, metavar="A,B", help="tasks, perplexity among them (default: all)"
     )
     parser.add_argument(
         "--text", type=Path, nargs="+", default=[], metavar="FILE",
@@ -88,10 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Python's manual and library)",
     )  # fmt: skip
     parser.add_argument(
-        "--samples", type=_positive, default=50, metavar="N", help="of each task (default: 50)"
+        "--samples", type=positive, default=50, metavar="N", help="of each task (default: 50)"
     )
     parser.add_argument(
-        "--windows", type=_positive, default=8, metavar="N", help="of each text (default: 8)"
+        "--windows", type=positive, default=8, metavar="N", help="of each text (default: 8)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument(
@@ -106,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="argument of vllm.LLM; repeatable, e.g. --engine-arg dtype=float16",
     )  # fmt: skip
     parser.add_argument(
-        "--timeout", type=_positive, default=3600, metavar="S",
+        "--timeout", type=positive, default=3600, metavar="S",
         help="seconds one task of one arm may take (default: 3600)",
     )  # fmt: skip
 
@@ -186,14 +174,9 @@ def run(args: argparse.Namespace, worker: Sequence[str] | None = None) -> int:
     0: all done. 1: failed, after one line that says why; what was finished is reported. 128 + n:
     ended by signal n.
     """
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-        import pydantic  # noqa: F401
-        from rich.console import Console
-    except ImportError as error:
-        print(f"error: {error.name} is missing: pip install 'vllm-sparsek[bench]'", file=sys.stderr)
+    if not has_modules("jinja2", "matplotlib", "pydantic", "rich"):
         return 1
+    from rich.console import Console
 
     from vllm_sparsek.evaluation import report
     from vllm_sparsek.evaluation.run import Runner, collect

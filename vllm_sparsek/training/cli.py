@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+
+from vllm_sparsek.arguments import at_least, has_modules
 
 DESCRIPTION = """\
 Fit a scorer to a model: which tokens of a long context each KV head should keep, learned from
@@ -30,16 +31,6 @@ def _shares(text: str) -> tuple[float, ...]:
     return shares
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}")
-        return value
-
-    return parse
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = DESCRIPTION
@@ -53,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the scorer file")
     parser.add_argument(
-        "--windows", type=_at_least(3), default=10,
+        "--windows", type=at_least(3), default=10,
         help="training windows; 40%% are retrieval prompts, two are held out (default: 10)",
     )  # fmt: skip
     parser.add_argument(
-        "--window-tokens", type=_at_least(2048), default=8192, help="length of one (default: 8192)"
+        "--window-tokens", type=at_least(2048), default=8192, help="length of one (default: 8192)"
     )
     parser.add_argument(
         "--input", default=DEFAULT_FEATURES, metavar="A,B",
@@ -65,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {DEFAULT_FEATURES})",
     )  # fmt: skip
     parser.add_argument(
-        "--hidden-units", type=_at_least(0), default=0, metavar="N",
+        "--hidden-units", type=at_least(0), default=0, metavar="N",
         help="width of a small MLP instead of a linear scorer (default: 0, linear)",
     )  # fmt: skip
     parser.add_argument(
@@ -73,18 +64,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="budgets to fit for, as shares of the context (default: 0.12,0.25,0.5)",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", type=_at_least(0), default=60,
+        "--steps", type=at_least(0), default=60,
         help="steps of gradient descent a layer after the closed form (default: 60)",
     )  # fmt: skip
     parser.add_argument(
         "--uniform-layers", action="store_true", help="give every layer the same budget"
     )
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="default: 0")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the fit; return the exit status."""
+    if not has_modules("matplotlib", "rich"):
+        return 1
     import torch
     from rich.console import Console
 
