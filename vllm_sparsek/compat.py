@@ -438,3 +438,8 @@ def max_decode_rows(vllm_config: VllmConfig) -> int:
         vllm_config.scheduler_config.max_num_seqs,
         vllm_config.compilation_config.max_cudagraph_capture_size or 0,
     )
+
+
+def num_layers(vllm_config: VllmConfig) -> int:
+    """Layers on this pipeline-parallel rank."""
+    return vllm_config.model_config.get_num_layers(vllm_config.parallel_config)

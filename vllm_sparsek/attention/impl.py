@@ -19,12 +19,13 @@ from vllm_sparsek.attention.settings import (
     settings_of,
 )
 from vllm_sparsek.attention.support import refuse_unsupported_impl, refuse_without_projection
-from vllm_sparsek.attention.workspace import decode_workspace
+from vllm_sparsek.attention.workspace import KeptSelections, decode_workspace, rows_that_fit
 from vllm_sparsek.kernels.bounds import api as bounds_api
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api
 from vllm_sparsek.kernels.select import api as select_api
+from vllm_sparsek.kernels.select.memo import SelectionMemo
 from vllm_sparsek.scorers import make_scorer
 from vllm_sparsek.scorers.base import ScoreBatch, Scorer
 
@@ -77,6 +78,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self.hidden: HiddenStates | None = None
         self._hidden_checked = False
         self._watch = compat.ParentWatch(self) if reads_hidden(self.vllm_config) else None
+        self.kept: KeptSelections | None = None
         compat.hook_prompt_lengths()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -107,7 +109,19 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             layer.kv_cache_torch_dtype, self.config,
         )  # fmt: skip
         if device.type == "cuda":
-            self._workspace(self.vllm_config.cache_config.block_size, device)
+            page = self.vllm_config.cache_config.block_size
+            if not self.config.query_aware:
+                self.kept = self._kept_selections(page, device)
+            self._workspace(page, device)
+
+    def _kept_selections(self, page: int, device: torch.device) -> KeptSelections:
+        width, soft = self.budget(page).max_units(self.max_model_len), self.config.mode == "soft_v"
+        layers = compat.num_layers(self.vllm_config)
+        rows = min(
+            compat.max_decode_rows(self.vllm_config),
+            rows_that_fit(self.num_kv_heads, width, layers, soft),
+        )
+        return KeptSelections(rows, self.num_kv_heads, width, soft, device)
 
     def budget(self, page: int) -> Budget:
         """What this layer's queries read, for KV blocks of ``page`` tokens."""
@@ -218,6 +232,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         units: torch.Tensor,
         gates: torch.Tensor | None,
         unit_scores: torch.Tensor | None = None,
+        memo: SelectionMemo | None = None,
     ) -> None:
         """Write the units that items keep; only query-aware selection reads their queries."""
         views = self.score_cache.views()
@@ -228,7 +243,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             return
         select_api.select(
             views.scores, block_table, row, position, budget, self.config.pooling,
-            gates is not None, units, gates,
+            gates is not None, units, gates, memo=memo,
         )  # fmt: skip
 
     def _decode(
@@ -243,10 +258,14 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         """Attend query, output [items, Hq, D], one query per item."""
         page, items = kv_cache.shape[2], row.numel()
         budget, space = self.budget(page), self._workspace(page, kv_cache.device)
-        units = space.units[:items]
-        gates = space.gates[:items] if space.gates is not None else None
+        units, gates, memo = space.units, space.gates, None
+        if self.kept is not None and items <= self.kept.units.shape[0]:
+            units, gates = self.kept.units, self.kept.gates
+            memo = SelectionMemo(self.kept.stamps[:items], m.step)
+        units = units[:items]
+        gates = gates[:items] if gates is not None else None
         scratch = space.unit_scores[:items] if space.unit_scores is not None else None
-        self._select(query, m.block_table, row, position, budget, units, gates, scratch)
+        self._select(query, m.block_table, row, position, budget, units, gates, scratch, memo)
         partials = (space.partials[0][:items], space.partials[1][:items])
         decode_api.decode(
             query, kv_cache, m.block_table, row, position, units, gates, budget,

@@ -59,6 +59,7 @@ class SparseKMetadata(AttentionMetadata):
         num_decodes: rows at the front of the batch with one query each.
         decode_row: [num_decodes] int32, the row, or -1 where it is read densely.
         decode_position: [num_decodes] int32.
+        step: [1] int32 on the device, one more at every step.
         sparse_decodes: whether any decode row is sparse (always true in a CUDA graph).
         items: sparse queries of the prefill rows, or None.
         cpu_rows: sparse decode rows, on the CPU only; cpu_windows: what layers share of them.
@@ -75,6 +76,7 @@ class SparseKMetadata(AttentionMetadata):
     num_decodes: int
     decode_row: torch.Tensor
     decode_position: torch.Tensor
+    step: torch.Tensor
     sparse_decodes: bool
     items: PrefillItems | None
     cpu_rows: list[CpuDecodeRow] = field(default_factory=list)
@@ -119,10 +121,12 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         )
         self.max_rows = compat.max_decode_rows(vllm_config)
         self.max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, self.max_rows)
-        # decode_row | decode_position | dense seq_lens | positions
+        # decode_row | decode_position | dense seq_lens | step and padding | positions
+        self.positions_at = 3 * self.max_rows + 4
         self.buffer = torch.zeros(
-            3 * self.max_rows + self.max_tokens, dtype=torch.int32, device=device
+            self.positions_at + self.max_tokens, dtype=torch.int32, device=device
         )
+        self.step = 0
         self.counters = StepCounters.create(vllm_config)
         self.capturing = False
 
@@ -166,11 +170,13 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             self._count(num_decodes, starts_in_batch, query_lens, ends, sparse_from)
 
         n = int(starts_in_batch[-1])
-        packed = np.zeros(3 * self.max_rows + max(tokens, n), dtype=np.int32)
+        self.step = (self.step + 1) % (1 << 31)
+        packed = np.zeros(self.positions_at + max(tokens, n), dtype=np.int32)
+        packed[3 * self.max_rows] = self.step
         packed[:num_decodes] = np.where(has_sparse, np.arange(rows), -1)[:num_decodes]
         packed[self.max_rows : self.max_rows + num_decodes] = (ends - 1)[:num_decodes]
         packed[2 * self.max_rows : 2 * self.max_rows + rows] = np.where(has_dense, ends, 0)
-        packed[3 * self.max_rows : 3 * self.max_rows + n] = token_positions(
+        packed[self.positions_at : self.positions_at + n] = token_positions(
             starts_in_batch, query_lens, ends
         )
         self.buffer[: packed.size].copy_(compat.to_device(packed, self.device), non_blocking=True)
@@ -196,12 +202,13 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
-            positions=self.buffer[3 * self.max_rows : 3 * self.max_rows + tokens],
+            positions=self.buffer[self.positions_at : self.positions_at + tokens],
             dense=dense,
             dense_all=dense_all,
             num_decodes=num_decodes,
             decode_row=decode_row[:num_decodes],
             decode_position=decode_position[:num_decodes],
+            step=self.buffer[3 * self.max_rows : 3 * self.max_rows + 1],
             sparse_decodes=bool(has_sparse[:num_decodes].any()),
             items=self._items(num_decodes, starts_in_batch, query_lens, ends, sparse_from),
             cpu_rows=self._cpu_rows(common.block_table_tensor, has_sparse[:num_decodes], ends),

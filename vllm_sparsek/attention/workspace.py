@@ -1,4 +1,4 @@
-"""Scratch of decode, allocated once and shared by all layers of a process."""
+"""Memory of decode, allocated once: scratch that all layers share, and each layer's lists."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode.api import workspace_shapes
+
+# of all layers together; decode batches of more rows select anew at every step
+KEPT_BYTES = 1 << 30
 
 
 class DecodeWorkspace:
@@ -45,6 +48,28 @@ class DecodeWorkspace:
             torch.empty(acc, dtype=torch.float32, device=device),
             torch.empty(stats, dtype=torch.float32, device=device),
         )
+
+
+class KeptSelections:
+    """One layer's selection lists, kept from step to step.
+
+    Attributes:
+        units: [rows, H, K] int32; gates: [rows, H, K] float32 or None.
+        stamps: [rows, H, 4] int32, see ``SelectionMemo``.
+    """
+
+    def __init__(
+        self, rows: int, kv_heads: int, width: int, soft: bool, device: torch.device
+    ) -> None:
+        shape = (rows, kv_heads, width)
+        self.units = torch.empty(shape, dtype=torch.int32, device=device)
+        self.gates = torch.empty(shape, dtype=torch.float32, device=device) if soft else None
+        self.stamps = torch.full((rows, kv_heads, 4), -2, dtype=torch.int32, device=device)
+
+
+def rows_that_fit(kv_heads: int, width: int, layers: int, soft: bool) -> int:
+    """Decode rows whose lists all layers may keep within KEPT_BYTES."""
+    return KEPT_BYTES // (layers * kv_heads * width * (8 if soft else 4))
 
 
 @functools.lru_cache(maxsize=8)

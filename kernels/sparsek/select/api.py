@@ -11,6 +11,7 @@ from vllm_sparsek.kernels.common.dispatch import (
     implementation,
     require,
 )
+from vllm_sparsek.kernels.select.memo import SelectionMemo
 
 POOLINGS = ("lse", "max", "mean")
 
@@ -26,6 +27,7 @@ def select(
     units_out: torch.Tensor,
     gates_out: torch.Tensor | None = None,
     impl: str = "auto",
+    memo: SelectionMemo | None = None,
 ) -> None:
     """Exact top-k of the scores that compete, for all items and KV heads.
 
@@ -42,6 +44,8 @@ def select(
         gates_out: [items, H, K] float32 of the same strides, needed if ``soft``; written:
             clip(u - tau, 0, 1) of every kept unit, 0 in the padding.
         impl: auto, triton, cpu or reference.
+        memo: keeps lists from step to step (Triton only); ``units_out`` and ``gates_out`` must
+            then be the ones of the step before.
 
     Raises:
         ValueError, TypeError: an argument, named in the message, does not fit.
@@ -75,8 +79,20 @@ def select(
         if gates_out is not None:
             gates_out.copy_(gates)
         return
-    if module.__name__.endswith("triton"):
-        require(module.supported(budget.unit, scores.shape[2]))
+    if not module.__name__.endswith("triton"):
+        if memo is not None:
+            raise ValueError("memo is for the Triton implementation: leave it out")
+        module.select(
+            scores, block_table, item_row, item_position, budget, pooling, soft, units_out,
+            gates_out,
+        )  # fmt: skip
+        return
+    require(module.supported(budget.unit, scores.shape[2]))
+    if memo is not None:
+        check_tensor("memo.stamps", memo.stamps, 3, torch.int32, device)
+        check_shape("memo.stamps", memo.stamps, (*units_out.shape[:2], 4))
+        check_tensor("memo.step", memo.step, 1, torch.int32, device)
     module.select(
-        scores, block_table, item_row, item_position, budget, pooling, soft, units_out, gates_out
-    )
+        scores, block_table, item_row, item_position, budget, pooling, soft, units_out, gates_out,
+        memo,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from vllm_sparsek.kernels.common.device import (
     end_unit,
     units_kept,
 )
+from vllm_sparsek.kernels.select.memo import SelectionMemo
 
 TOKEN_BLOCK = 2048  # token scores per step
 TOKEN_WARPS = 8
@@ -77,6 +78,15 @@ def load_unit_scores(
                 b_log = tl.log(tl.maximum(tl.sum(b_sum, 1), 1.0))
                 b_z = tl.where(b_z == float("-inf"), b_z, b_shift + b_log)
     return tl.where(b_z == 0.0, 0.0, b_z)
+
+
+@triton.jit
+def candidate_units(o_c, candidates, listed, fresh, p_units, MEMO: tl.constexpr):
+    """Units [BLOCK] of candidates ``o_c``, ascending, and which of them exist [BLOCK]."""
+    o_u = fresh + o_c - listed
+    if MEMO:
+        o_u = tl.where(o_c < listed, tl.load(p_units + o_c, mask=o_c < listed, other=0), o_u)
+    return o_u, o_c < candidates
 
 
 @triton.jit
@@ -161,6 +171,8 @@ def select_fwd_kernel(
     item_position_ptr,  # [items] int32
     units_ptr,  # [items, H, K] int32
     gates_ptr,  # [items, H, K] float32 (SOFT)
+    stamps_ptr,  # [items, H, 4] int32 (MEMO)
+    step_ptr,  # [1] int32 (MEMO)
     first_unit,
     window,
     refresh,
@@ -176,9 +188,15 @@ def select_fwd_kernel(
     UNIT: tl.constexpr,
     POOLING: tl.constexpr,
     SOFT: tl.constexpr,
+    MEMO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Kept units, ascending, of one (item, KV head); every element of the output is written."""
+    """Kept units, ascending, of one (item, KV head).
+
+    Every element of the output is written, except under MEMO where the selection of the step
+    before still stands or the item is padding. Where it was made in an earlier refresh block, only
+    its units and those that left the window since are candidates.
+    """
     i_i, i_h = tl.program_id(0), tl.program_id(1)
     o_b = tl.arange(0, BLOCK)
     o_bin = tl.arange(0, 256)
@@ -199,6 +217,41 @@ def select_fwd_kernel(
     if POOLING == "none":
         p_scores += i_i.to(tl.int64) * stride_score_block
 
+    # candidate c is unit c - listed + fresh, or, below ``listed``, the c-th unit of the list kept
+    listed = keep * 0
+    fresh = keep * 0 + first_unit
+    if MEMO:
+        p_stamp = stamps_ptr + (i_i * tl.num_programs(1) + i_h) * 4
+        step = tl.load(step_ptr)
+        b_stamp = tl.load(p_stamp)
+        kept_end = end_unit(b_stamp, first_unit, window, UNIT)
+        kept_units = tl.minimum(units_kept(b_stamp, k, share_bits, UNIT), max_units)
+        kept_units = tl.minimum(kept_units, kept_end - first_unit)
+        first_block = tl.load(p_table)
+        last_block = tl.load(p_table + tl.maximum(end * UNIT - 1, 0) // PAGE)
+        kept_last_block = tl.load(p_table + tl.maximum(kept_end * UNIT - 1, 0) // PAGE)
+        same_request = (
+            (b_stamp >= 0)
+            & (b_stamp <= start_position)
+            & (tl.load(p_stamp + 1) == first_block)
+            & (tl.load(p_stamp + 2) == kept_last_block)
+            & (tl.load(p_stamp + 3) == step - 1)
+        )
+        # all threads have read the stamp before one of them writes it
+        tl.debug_barrier()
+        tl.store(p_stamp, start_position)
+        tl.store(p_stamp + 1, first_block)
+        tl.store(p_stamp + 2, last_block)
+        tl.store(p_stamp + 3, tl.where(row < 0, -2, step))
+        if (same_request & (b_stamp == start_position)) | (row < 0):
+            return
+        # a unit that was not among the best will not be: only what left the window is new, unless
+        # the list grows. Gates depend on units that are not in the list
+        if same_request & (keep <= kept_units) & (not SOFT):
+            listed = kept_units
+            fresh = kept_end
+    candidates = end - fresh + listed
+
     if keep == end - first_unit:
         for start in range(0, keep, BLOCK):
             o_slot = start + o_b
@@ -214,9 +267,8 @@ def select_fwd_kernel(
         shift = tl.full([], 24, tl.uint32)
         for _ in range(4):
             b_count = tl.zeros([256], tl.int32)
-            for start in range(first_unit, end, BLOCK):
-                o_u = start + o_b
-                m_u = o_u < end
+            for start in range(0, candidates, BLOCK):
+                o_u, m_u = candidate_units(start + o_b, candidates, listed, fresh, p_units, MEMO)
                 b_z = load_unit_scores(
                     o_u, m_u, p_scores, p_table, stride_score_block, PAGE, UNIT, POOLING, BLOCK
                 )
@@ -238,12 +290,12 @@ def select_fwd_kernel(
                 b_top, keep, first_unit, end, p_scores, p_table, stride_score_block,
                 PAGE, UNIT, POOLING, BLOCK,
             )  # fmt: skip
-        # compaction in order: all keys above the threshold and the first ``need`` equal to it
+        # compaction in order: all keys above the threshold and the first ``need`` equal to it. A
+        # kept list is compacted in place: no candidate moves up, and cumsum is a barrier
         written = keep * 0
         equal_seen = keep * 0
-        for start in range(first_unit, end, BLOCK):
-            o_u = start + o_b
-            m_u = o_u < end
+        for start in range(0, candidates, BLOCK):
+            o_u, m_u = candidate_units(start + o_b, candidates, listed, fresh, p_units, MEMO)
             b_z = load_unit_scores(
                 o_u, m_u, p_scores, p_table, stride_score_block, PAGE, UNIT, POOLING, BLOCK
             )
@@ -288,18 +340,21 @@ def select(
     soft: bool,
     units_out: torch.Tensor,
     gates_out: torch.Tensor | None = None,
+    memo: SelectionMemo | None = None,
 ) -> None:
-    """See ``reference.select``; every element of ``units_out`` and ``gates_out`` is written."""
+    """See ``reference.select`` and ``SelectionMemo``."""
     items, heads, width = units_out.shape
     if items == 0:
         return
     by_token = budget.unit == 1
     select_fwd_kernel[(items, heads)](
         scores, block_table, item_row, item_position,
-        units_out, gates_out if soft else units_out, *budget_arguments(budget), width,
+        units_out, gates_out if soft else units_out,
+        memo.stamps if memo is not None else units_out, memo.step if memo is not None else item_row,
+        *budget_arguments(budget), width,
         scores.stride(0), scores.stride(1), block_table.stride(0),
         units_out.stride(0), units_out.stride(1),
-        PAGE=scores.shape[2], UNIT=budget.unit, POOLING=pooling, SOFT=soft,
+        PAGE=scores.shape[2], UNIT=budget.unit, POOLING=pooling, SOFT=soft, MEMO=memo is not None,
         BLOCK=TOKEN_BLOCK if by_token else PAGE_BLOCK,
         num_warps=TOKEN_WARPS if by_token else PAGE_WARPS,
     )  # fmt: skip
@@ -322,15 +377,15 @@ def select_scored(
     """
     items, heads, width = units_out.shape
     select_fwd_kernel[(items, heads)](
-        unit_scores, item_row, item_row, item_position, units_out, units_out,
+        unit_scores, item_row, item_row, item_position, units_out, units_out, units_out, item_row,
         *budget_arguments(budget), width, unit_scores.stride(0), unit_scores.stride(1), 0,
         units_out.stride(0), units_out.stride(1),
-        PAGE=budget.unit, UNIT=budget.unit, POOLING="none", SOFT=False,
+        PAGE=budget.unit, UNIT=budget.unit, POOLING="none", SOFT=False, MEMO=False,
         BLOCK=TOKEN_BLOCK, num_warps=TOKEN_WARPS,
     )  # fmt: skip
 
 
-_TYPES = "*fp32 *i32 *i32 *i32 *i32 *fp32 i32 i32 i32 i32 i64 i32 i64 i32 i32 i64 i32"
+_TYPES = "*fp32 *i32 *i32 *i32 *i32 *fp32 *i32 *i32 i32 i32 i32 i32 i64 i32 i64 i32 i32 i64 i32"
 # (kernel, argument types, constexprs, options); see common/compile_targets.py
 COMPILE_CASES = [
     (
@@ -341,20 +396,21 @@ COMPILE_CASES = [
             "UNIT": unit,
             "POOLING": pooling,
             "SOFT": soft,
+            "MEMO": memo,
             "BLOCK": TOKEN_BLOCK if unit == 1 or pooling == "none" else PAGE_BLOCK,
         },
         {"num_warps": TOKEN_WARPS if unit == 1 or pooling == "none" else PAGE_WARPS},
     )
-    for page, unit, pooling, soft in [
-        (16, 1, "lse", False),
-        (16, 1, "lse", True),
-        (16, 16, "lse", False),
-        (128, 128, "lse", True),
-        (32, 32, "mean", False),
-        (32, 32, "max", False),
-        (16, 16, "max", True),
-        (64, 64, "lse", False),
-        (48, 48, "lse", True),
-        (16, 16, "none", False),
+    for page, unit, pooling, soft, memo in [
+        (16, 1, "lse", False, True),
+        (16, 1, "lse", True, True),
+        (16, 16, "lse", False, True),
+        (128, 128, "lse", True, False),
+        (32, 32, "mean", False, False),
+        (32, 32, "max", False, False),
+        (16, 16, "max", True, True),
+        (64, 64, "lse", False, False),
+        (48, 48, "lse", True, False),
+        (16, 16, "none", False, False),
     ]
 ]
