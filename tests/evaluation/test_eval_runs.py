@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from vllm_sparsek.evaluation import cli, run
@@ -28,8 +29,17 @@ for job in spec["jobs"]:
         (here / "hanging").touch()
         time.sleep(60)
     if (here / "die").exists() and settings:
+        if (here / "linger").exists() and settings["scorer"] == "random":
+            time.sleep(60)
         print("ValueError: the scorer was fitted to another model")
         sys.exit(3)
+    if (here / "together").exists():
+        # goes on once that many engines run
+        started = time.monotonic()
+        while len((here / "calls").read_text().splitlines()) < 3:
+            if time.monotonic() - started > 20:
+                sys.exit("alone")
+            time.sleep(0.01)
     prompts = json.loads(Path(job["prompts"]).read_text())
     if job["kind"] == "answers":
         found = [
@@ -107,6 +117,24 @@ def test_all_cells_run_dense_first_and_are_reported(evaluate, tmp_path, capsys):
     assert "random 50% question 512: passkey" in said
     assert "10.52" in said
     assert max(map(len, said.splitlines()[-20:-6])) <= 80
+
+
+def test_engines_at_the_same_time_find_the_same(evaluate, tmp_path):
+    (tmp_path / "together").touch()
+    assert evaluate("--engines=3") == 0
+    rows = (tmp_path / "out" / "results.csv").read_text()
+    assert evaluate("--output", str(tmp_path / "one by one")) == 0
+    assert (tmp_path / "one by one" / "results.csv").read_text() == rows
+
+
+def test_when_one_engine_dies_the_others_are_stopped(evaluate, tmp_path, capsys):
+    (tmp_path / "die").touch()
+    (tmp_path / "linger").touch()
+    began = time.monotonic()
+    assert evaluate("--engines=7") == 1
+    assert "fitted to another model" in capsys.readouterr().err
+    assert not psutil.Process().children(recursive=True)
+    assert time.monotonic() - began < 30
 
 
 def test_the_same_command_runs_nothing_twice(evaluate, tmp_path):

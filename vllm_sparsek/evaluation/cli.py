@@ -94,6 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="argument of vllm.LLM; repeatable, e.g. --engine-arg dtype=float16",
     )  # fmt: skip
     parser.add_argument(
+        "--engines", type=positive, default=1, metavar="N",
+        help="engines at the same time; on a GPU each needs its share of the memory, see "
+        "--engine-arg kv_cache_memory_bytes=BYTES (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--timeout", type=positive, default=3600, metavar="S",
         help="seconds one task of one arm may take (default: 3600)",
     )  # fmt: skip
@@ -147,7 +152,10 @@ def make_plan(
     limit = engine.get("max_model_len") or prompts.context_limit(args.model)
     tokenizer = prompts.load_tokenizer(args.model)
     jobs = prompts.prepare(request, tokenizer, limit, output / "prompts")
-    made = Plan(args.model, cells, jobs, engine, output, args.timeout, worker or WORKER)
+    made = Plan(
+        args.model, cells, jobs, engine, output, args.timeout, worker or WORKER,
+        args.engines,
+    )  # fmt: skip
     results = Results(
         command=["vllm-sparsek", *sys.argv[1:]],
         model=args.model,

@@ -1,4 +1,4 @@
-"""Run the cells: one engine each, dense first; what is in the store already is not run again."""
+"""Run the cells, one engine each, dense first; what is in the store already is not run again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from vllm_sparsek.evaluation.tasks import TASKS
 from vllm_sparsek.serving_bench import environment
 from vllm_sparsek.serving_bench.demo.cli import CPU_ENV
 from vllm_sparsek.serving_bench.errors import BenchError
-from vllm_sparsek.serving_bench.processes import Child, cause, tail, wait
+from vllm_sparsek.serving_bench.processes import Child, cause, tail
 from vllm_sparsek.serving_bench.progress import Progress
 
 # not -m, which puts the working directory on the path
@@ -31,7 +32,8 @@ WORKER = (
     "-c",
     "import sys; sys.path.pop(0); from vllm_sparsek.evaluation.worker import main; main()",
 )
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.1
+END_SECONDS = 10
 # eager: answers are short, and graphs would have to be captured anew for every cell. Small
 # chunks bound the memory that log-probabilities over the vocabulary take
 ENGINE = {"enforce_eager": True, "max_num_batched_tokens": 2048}
@@ -45,6 +47,7 @@ class Plan:
     Attributes:
         jobs: per length; engine: arguments of ``vllm.LLM`` from the user.
         timeout: seconds one job may take. worker: command that takes a specification's path.
+        engines: how many run at the same time.
     """
 
     model: str
@@ -54,6 +57,7 @@ class Plan:
     output: Path
     timeout: float
     worker: Sequence[str] = WORKER
+    engines: int = 1
 
     def jobs_of(self, cell: Cell) -> list[Job]:
         """The jobs that mean something in a cell.
@@ -117,11 +121,24 @@ class Runner:
 
     def run(self, progress: Progress) -> None:
         """Run what is missing. Raises BenchError at the first failure; results are kept."""
-        for cell, steps in itertools.groupby(self.pending(), key=lambda step: step[0]):
-            self._run_cell(cell, [job for _, job in steps], progress)
-            self.save()
+        by_cell = itertools.groupby(self.pending(), key=lambda step: step[0])
+        waiting = deque((cell, [job for _, job in steps]) for cell, steps in by_cell)
+        running: list[Generator[None]] = []
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.plan.engines:
+                    running.append(self._run_cell(*waiting.popleft(), progress))
+                time.sleep(POLL_SECONDS)
+                for cell in list(running):
+                    if next(cell, self) is self:
+                        running.remove(cell)
+                        self.save()
+        finally:
+            for cell in running:
+                cell.close()
 
-    def _run_cell(self, cell: Cell, jobs: list[Job], progress: Progress) -> None:
+    def _run_cell(self, cell: Cell, jobs: list[Job], progress: Progress) -> Generator[None]:
+        """Run one cell's engine; every ``next`` looks whether there is something new."""
         logs = self.plan.output / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         spec = logs / f"{cell.stem}.json"
@@ -144,9 +161,11 @@ class Runner:
             for id_, job in zip(ids, jobs, strict=True):
                 label = f"{cell.label}: {job.name}"
                 with progress.task(label) as tick:
-                    self._await(child, id_, label, tick, progress.say)
+                    yield from self._await(child, id_, label, tick, progress.say)
             # the last result is out: the engine has nothing left but to end
-            wait(child, POLL_SECONDS * 20)
+            deadline = time.monotonic() + END_SECONDS
+            while child.returncode is None and time.monotonic() < deadline:
+                yield
 
     def _await(
         self,
@@ -155,7 +174,7 @@ class Runner:
         label: str,
         tick: Callable[[], None],
         say: Callable[[str], None],
-    ) -> None:
+    ) -> Generator[None]:
         deadline = time.monotonic() + self.plan.timeout
         while True:
             ended = child.returncode is not None
@@ -174,7 +193,7 @@ class Runner:
                     f" [log: {child.log}]"
                 )
             tick()
-            wait(child, POLL_SECONDS)
+            yield
 
 
 def collect(plan: Plan, store: Store) -> list[Row]:

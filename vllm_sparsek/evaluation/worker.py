@@ -8,6 +8,7 @@ are for readers of the file, answers are judged later.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -63,8 +64,9 @@ def losses(llm: Any, prompts: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Append one line and make sure that it is on the disk."""
+    """Append one line and make sure that it is on the disk; other engines may do so, too."""
     with path.open("a", encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
         stream.write(json.dumps(record) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
