@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 from vllm_sparsek.serving_bench.demo.cli import CPU_ENV
 
@@ -13,6 +14,24 @@ def engine_env(**more: str) -> dict[str, str]:
     """Environment of an engine process; the Triton interpreter never leaks into it."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return {**env, **CPU_ENV, **more}
+
+
+def engine_memory() -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``; a fixed size on a GPU, so that engines can share it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 2 << 30}
+    return {"gpu_memory_utilization": 0.3}
+
+
+def engine_flags() -> list[str]:
+    """``engine_memory`` on a command line of vLLM."""
+    return [
+        part
+        for name, value in engine_memory().items()
+        for part in ("--" + name.replace("_", "-"), str(value))
+    ]
 
 
 def run_python(code: str, env: dict[str, str] | None = None, timeout: float = 600) -> str:

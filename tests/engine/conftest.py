@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import engine_env
+from processes import engine_env, engine_memory
 
 DRIVER = Path(__file__).with_name("driver.py")
 
@@ -37,7 +37,7 @@ def base_llm(model_dir: str) -> dict[str, Any]:
         "dtype": "float16" if cuda else "float32",
         "max_model_len": 2048,
         "max_num_seqs": 8,
-        "gpu_memory_utilization": 0.3,
+        **engine_memory(),
         "enforce_eager": not cuda,
         "seed": 0,
     }

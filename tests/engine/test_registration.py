@@ -6,7 +6,7 @@ import json
 import subprocess
 
 import pytest
-from processes import engine_env, run_python
+from processes import engine_env, engine_flags, run_python
 from tiny import random_prompts, run_many, tiny_llm, write_model
 
 pytestmark = pytest.mark.engine
@@ -102,7 +102,7 @@ COMMANDS = {
 def test_vllms_benchmarks_run_with_the_backend(command, model_dir, vllm_command):
     done = subprocess.run(
         [*vllm_command, "bench", *COMMANDS[command], "--model", model_dir, "--enforce-eager",
-         "--max-model-len", "512", "--gpu-memory-utilization", "0.3"],
+         "--max-model-len", "512", *engine_flags()],
         env=engine_env(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     out = done.stdout + done.stderr

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import engine_env
+from processes import engine_env, engine_flags
 
 pytestmark = pytest.mark.engine
 
@@ -67,7 +67,7 @@ def server(model_dir, tmp_path_factory):
         "--attention-config.backend", "sparsek",
         "--additional-config", json.dumps({"sparsek": SPARSEK}),
         "--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME,
-        "--gpu-memory-utilization", "0.3", "--max-model-len", "2048", "--enforce-eager",
+        *engine_flags(), "--max-model-len", "2048", "--enforce-eager",
     ]  # fmt: skip
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import engine_env
+from processes import engine_env, engine_flags
 from tiny import random_prompts, run_many, tiny_llm, write_model
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -236,7 +236,7 @@ def test_the_command_line_ends_with_the_message(case, vllm_command, tmp_path):
     model = write_model(tmp_path / "tiny", weights=False)
     done = subprocess.run(
         [*vllm_command, "bench", "latency", "--model", model, "--skip-tokenizer-init",
-         "--enforce-eager", "--max-model-len", "512", "--gpu-memory-utilization", "0.3",
+         "--enforce-eager", "--max-model-len", "512", *engine_flags(),
          "--attention-backend", "sparsek", *arguments],
         env=engine_env(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from processes import engine_env
+from processes import engine_env, engine_memory
 
 MANY_DRIVER = Path(__file__).with_name("many_driver.py")
 VOCABULARY = 512
@@ -64,7 +64,7 @@ def tiny_llm(model: str, **changes: Any) -> dict[str, Any]:
         "dtype": "float32",
         "max_model_len": 1024,
         "max_num_seqs": 4,
-        "gpu_memory_utilization": 0.3,
+        **engine_memory(),
         "enforce_eager": True,
         "seed": 0,
         **changes,

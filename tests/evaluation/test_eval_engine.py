@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import engine_env
+from processes import engine_env, engine_memory
 
 pytestmark = pytest.mark.engine
 
@@ -42,6 +42,7 @@ def rows(small_model, tmp_path_factory):
         sys.executable, "-m", "vllm_sparsek.cli", "eval", str(small_model),
         "--scorers=recency,oracle", "--budgets=0.25", f"--lengths={LENGTH}", "--samples=2",
         "--windows=1", "--tasks=perplexity,passkey", "--columns=all,question", f"--output={out}",
+        *(f"--engine-arg={name}={value}" for name, value in engine_memory().items()),
     ]  # fmt: skip
     done = subprocess.run(command, env=engine_env(), capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
