@@ -133,7 +133,7 @@ def test_an_openai_client_gets_an_answer_to_a_prompt_beyond_the_budget(answer):
 
 def test_the_log_says_which_backend_and_which_settings(server, answer):
     log = server.log.read_text()
-    assert "Using SPARSEK backend." in log
+    assert "SPARSEK backend." in log
     assert "k=64" in log
     assert log.count("no scorer fitted to this model is in use") == 1
 

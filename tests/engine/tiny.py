@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from processes import engine_env, engine_memory
 
 MANY_DRIVER = Path(__file__).with_name("many_driver.py")
@@ -28,7 +29,6 @@ def write_model(
         weights: without them, whoever loads weights fails.
         changes: keys of config.json.
     """
-    import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     settings = {
@@ -57,11 +57,11 @@ def write_model(
 
 
 def tiny_llm(model: str, **changes: Any) -> dict[str, Any]:
-    """Engine arguments of such a model: float32, no tokenizer."""
+    """Engine arguments of such a model: no tokenizer, and float32 on the CPU."""
     return {
         "model": model,
         "skip_tokenizer_init": True,
-        "dtype": "float32",
+        "dtype": "float16" if torch.cuda.is_available() else "float32",
         "max_model_len": 1024,
         "max_num_seqs": 4,
         **engine_memory(),

@@ -23,7 +23,7 @@ for s in "$@"; do
     times) stage times 300 python3 "$root"/tests/kernels/time_kernels.py || failed=1 ;;
     engine) # files side by side: each engine takes a small part of the GPU
            for f in "$root"/tests/engine/test_*.py "$root"/tests/evaluation/test_eval_engine.py; do
-             stage "engine-$(basename "$f" .py)" 590 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$f" -q &
+             stage "engine-$(basename "$f" .py)" 1500 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$f" -q &
              files+=($!)
            done
            for pid in "${files[@]}"; do wait "$pid" || failed=1; done ;;

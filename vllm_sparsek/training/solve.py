@@ -14,6 +14,8 @@ from vllm_sparsek.training.objective import Split, Targets, dropped
 RIDGE = 1e-3
 # added to attention relative to uniform before the logarithm: far below what is ever kept
 FLOOR = 1e-4
+# tokens that are summed in float32
+SUM_ROWS = 1024
 # queries a token must have been measured by, in segments, to enter the closed form
 LEAST_SEGMENTS = 0.3
 LEARNING_RATE = 0.015
@@ -128,9 +130,12 @@ def closed_form(
     use = measured >= LEAST_SEGMENTS
     slope = (position[use] / SLOPE_UNIT).expand(*x.shape[:2], -1)[..., None]
     design = torch.cat([x[:, :, use], torch.ones_like(slope), slope], -1).flatten(1, 2)
-    gram = (design.transpose(1, 2) @ design).double()
-    gram += RIDGE * design.shape[1] * torch.eye(gram.shape[-1], device=x.device)
-    moment = (design.transpose(1, 2) @ y[:, :, use].flatten(1)[..., None]).double()
+    target = y[:, :, use].flatten(1)[..., None]
+    # keys before and after rotation are nearly dependent: long float32 sums would not do
+    rows = zip(design.split(SUM_ROWS, 1), target.split(SUM_ROWS, 1), strict=True)
+    sums = [(a.transpose(1, 2) @ torch.cat([a, b], -1)).double() for a, b in rows]
+    gram, moment = torch.stack(sums).sum(0).split([design.shape[-1], 1], -1)
+    gram = gram + RIDGE * design.shape[1] * torch.eye(gram.shape[-1], device=x.device)
     # head by head: a batched solve is wrong in some builds of MKL
     solution = torch.stack(
         [
