@@ -22,6 +22,39 @@ from vllm_sparsek.kernels.common.device import (
 MAX_BLOCK_M = 128
 
 
+@triton.jit
+def place_positions(o_n, sinks, kept, window_start, total, p_units, UNIT: tl.constexpr):
+    """Token positions [N] at places ``o_n`` of the list, -1 where there is none."""
+    o_pos, m_n, _, _ = list_positions(o_n, sinks, kept, window_start, total, p_units, UNIT)
+    return tl.where(m_n, o_pos, -1)
+
+
+@triton.jit
+def place_offsets(b_pos, p_table, stride_block, stride_token, PAGE: tl.constexpr):
+    """Offsets [N] int64 in a paged cache of tokens at ``b_pos``, -1 where that is negative."""
+    m_n = b_pos >= 0
+    b_offset = token_offsets(b_pos, m_n, p_table, stride_block, stride_token, PAGE)
+    return tl.where(m_n, b_offset, -1)
+
+
+@triton.jit
+def place_gates(o_n, sinks, kept, p_gates, UNIT: tl.constexpr):
+    """Gates [N] of the places ``o_n``; they weigh values only, not the denominator."""
+    o_kept = o_n - sinks
+    m_kept = (o_kept >= 0) & (o_kept < kept * UNIT)
+    return tl.load(p_gates + o_kept // UNIT, mask=m_kept, other=1.0)
+
+
+@triton.jit
+def load_tile(p_kv, b_offset, o_d, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Keys and values [N, D_PAD] of the tokens at ``b_offset``, 0 where that is negative."""
+    m_kv = (b_offset >= 0)[:, None]
+    if D < D_PAD:
+        m_kv = m_kv & (o_d < D)[None, :]
+    p_k = p_kv + b_offset[:, None] + o_d[None, :]
+    return tl.load(p_k, mask=m_kv, other=0.0), tl.load(p_k + D, mask=m_kv, other=0.0)
+
+
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units"])
 def prefill_fwd_kernel(
     q_ptr,  # [T, Hq, D]
@@ -87,27 +120,48 @@ def prefill_fwd_kernel(
     p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
     p_kv = kv_ptr + i_h.to(tl.int64) * stride_kv_head
     i_units = i_i.to(tl.int64) * stride_units_item + i_h * stride_units_head
+    p_units = units_ptr + i_units
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    for start in range(0, total, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        o_pos, m_n, i_slot, m_kept = list_positions(
-            o_n, sinks, kept, window_start, total, units_ptr + i_units, UNIT
-        )
-        o_kv = token_offsets(o_pos, m_n, p_table, stride_kv_block, stride_kv_token, PAGE)
-        p_k = p_kv + o_kv[:, None] + o_d[None, :]
-        m_kv = m_n[:, None] & m_d[None, :]
-        b_k = tl.load(p_k, mask=m_kv, other=0.0)  # [N, D_PAD]
-        b_v = tl.load(p_k + D, mask=m_kv, other=0.0)  # [N, D_PAD]
+    # where a tile's tokens lie is found out two steps ahead, so that only keys and values, which
+    # are copied asynchronously, are waited for
+    o_b = tl.arange(0, BLOCK_N)
+    b_pos = place_positions(o_b, sinks, kept, window_start, total, p_units, UNIT)
+    b_offset = place_offsets(b_pos, p_table, stride_kv_block, stride_kv_token, PAGE)
+    b_pos = place_positions(o_b + BLOCK_N, sinks, kept, window_start, total, p_units, UNIT)
+    # all queries see the kept units, which end before the window; a short prompt's may not see
+    # all sinks
+    plain = tl.where(position >= sinks, (sinks + kept * UNIT) // BLOCK_N * BLOCK_N, 0)
+    for start in range(0, plain, BLOCK_N):
+        b_k, b_v = load_tile(p_kv, b_offset, o_d, D, D_PAD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
-        m_s = m_n[None, :] & (o_pos[None, :] <= (position + o_query)[:, None])
-        b_s = tl.where(m_s, b_s, float("-inf"))
+        b_s += tl.where(b_offset >= 0, 0.0, float("-inf"))[None, :]
+        b_offset = place_offsets(b_pos, p_table, stride_kv_block, stride_kv_token, PAGE)
+        b_pos = place_positions(
+            start + 2 * BLOCK_N + o_b, sinks, kept, window_start, total, p_units, UNIT
+        )
         b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l)
         if SOFT:
-            # gates weigh values only: the denominator is that of plain softmax
-            b_gate = tl.load(gates_ptr + i_units + i_slot, mask=m_kept, other=1.0)
-            b_p = b_p * b_gate[None, :]
+            b_p *= place_gates(start + o_b, sinks, kept, gates_ptr + i_units, UNIT)[None, :]
+        b_acc = b_acc * b_alpha[:, None]
+        b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+    for start in range(plain, total, BLOCK_N):
+        b_k, b_v = load_tile(p_kv, b_offset, o_d, D, D_PAD)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
+        # places of kept units count as position 0
+        o_n = start + o_b
+        o_pos = tl.where(o_n < sinks, o_n, window_start + o_n - sinks - kept * UNIT)
+        o_pos = tl.where((o_n >= sinks) & (o_n < sinks + kept * UNIT), 0, o_pos)
+        m_s = (b_offset >= 0)[None, :] & (o_pos[None, :] <= (position + o_query)[:, None])
+        b_s = tl.where(m_s, b_s, float("-inf"))
+        b_offset = place_offsets(b_pos, p_table, stride_kv_block, stride_kv_token, PAGE)
+        b_pos = place_positions(
+            start + 2 * BLOCK_N + o_b, sinks, kept, window_start, total, p_units, UNIT
+        )
+        b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l)
+        if SOFT:
+            b_p *= place_gates(start + o_b, sinks, kept, gates_ptr + i_units, UNIT)[None, :]
         b_acc = b_acc * b_alpha[:, None]
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
 
@@ -127,9 +181,9 @@ def tile_sizes(head_dim: int, group: int, refresh: int, itemsize: int) -> dict[s
     }
 
 
-def warps(block_m: int) -> int:
-    """Warps of ``prefill_fwd_kernel``."""
-    return 8 if block_m > 64 else 4
+def options(block_m: int) -> dict[str, int]:
+    """Warps and pipeline stages of ``prefill_fwd_kernel``."""
+    return {"num_warps": 8 if block_m > 64 else 4, "num_stages": 2}
 
 
 def prefill(
@@ -165,7 +219,7 @@ def prefill(
         block_table.stride(0), units.stride(0), units.stride(1),
         out.stride(0), out.stride(1),
         G=group, D=head_dim, PAGE=page, UNIT=budget.unit, SOFT=gates is not None,
-        **tiles, num_warps=warps(tiles["BLOCK_M"]), num_stages=2,
+        **tiles, **options(tiles["BLOCK_M"]),
     )  # fmt: skip
 
 
@@ -183,7 +237,7 @@ COMPILE_CASES = [
         f"*{dtype} *{dtype} *i32 *i32 *i32 *i32 *i32 *i32 *fp32 *{dtype} fp32 "
         "i32 i32 i32 i32 i64 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32 i32",
         {"G": group, "D": head_dim, "PAGE": page, "UNIT": unit, "SOFT": soft, **tiles},
-        {"num_warps": warps(tiles["BLOCK_M"]), "num_stages": 2},
+        options(tiles["BLOCK_M"]),
     )
     for dtype, group, head_dim, page, unit, refresh, soft in _CASES
     for tiles in [tile_sizes(head_dim, group, refresh, 2)]
