@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,12 +26,15 @@ from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api
 from vllm_sparsek.kernels.select import api as select_api
+from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.kernels.select.memo import SelectionMemo
 from vllm_sparsek.scorers import make_scorer
 from vllm_sparsek.scorers.base import ScoreBatch, Scorer
 
 # bytes of selection lists at a time in prefill (they are [items, H, K])
 SELECTION_BYTES = 64 << 20
+# items of a row that are worth a base, which costs about as much as one selection
+LEAST_PER_BASE = 4
 
 
 class SparseKImpl(AttentionImpl[SparseKMetadata]):
@@ -233,6 +237,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         gates: torch.Tensor | None,
         unit_scores: torch.Tensor | None = None,
         memo: SelectionMemo | None = None,
+        bases: ChunkBases | None = None,
     ) -> None:
         """Write the units that items keep; only query-aware selection reads their queries."""
         views = self.score_cache.views()
@@ -243,7 +248,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             return
         select_api.select(
             views.scores, block_table, row, position, budget, self.config.pooling,
-            gates is not None, units, gates, memo=memo,
+            gates is not None, units, gates, memo=memo, bases=bases,
         )  # fmt: skip
 
     def _decode(
@@ -313,13 +318,16 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         budget, soft = self.budget(page), self.config.mode == "soft_v"
         width = budget.max_units(self.max_model_len)
         at_once = max(1, SELECTION_BYTES // (4 * self.num_kv_heads * width))
+        bases = items.bases.bounds.shape[0]
+        shared = query.is_cuda and not soft and items.row.numel() >= LEAST_PER_BASE * bases
         for low in range(0, items.row.numel(), at_once):
             part = slice(low, low + at_once)
             row, position = items.row[part], items.position[part]
             shape = (row.numel(), self.num_kv_heads, width)
             units = torch.empty(shape, dtype=torch.int32, device=query.device)
             gates = torch.empty(shape, dtype=torch.float32, device=query.device) if soft else None
-            self._select(query, m.block_table, row, position, budget, units, gates)
+            base = replace(items.bases, item_base=items.bases.item_base[part]) if shared else None
+            self._select(query, m.block_table, row, position, budget, units, gates, bases=base)
             prefill_api.prefill(
                 query, kv_cache, m.block_table, row, position, items.query_start[part],
                 items.query_len[part], units, gates, budget, self.scale, output,

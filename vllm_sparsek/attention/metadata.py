@@ -26,6 +26,7 @@ from vllm_sparsek import compat
 from vllm_sparsek.attention.cpu_decode import CpuDecodeRow
 from vllm_sparsek.attention.settings import settings_of
 from vllm_sparsek.kernels.common.budget import mean_tokens_attended
+from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.metrics import StepCounters
 
 
@@ -37,12 +38,14 @@ class PrefillItems:
         row: [items] int32 row of the block table; position: [items] int32 absolute position
             of the first query; query_start: [items] int32 its index in the batch;
             query_len: [items] int32, 1..R.
+        bases: one per row.
     """
 
     row: torch.Tensor
     position: torch.Tensor
     query_start: torch.Tensor
     query_len: torch.Tensor
+    bases: ChunkBases
 
 
 @dataclass
@@ -253,8 +256,14 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         if not parts:
             return None
         packed = np.concatenate([np.stack(part) for part in parts], axis=1).astype(np.int32)
-        row_, position_, query_start_, query_len_ = compat.to_device(packed, self.device)
-        return PrefillItems(row_, position_, query_start_, query_len_)
+        base = np.repeat(np.arange(len(parts), dtype=np.int32), [part[0].size for part in parts])
+        bounds = np.array([(row[0], position[0], position[-1]) for row, position, *_ in parts])
+        bounds[:, 1:] -= bounds[:, 1:] % refresh
+        packed = np.concatenate([packed, base[None]])
+        row_, position_, query_start_, query_len_, base_ = compat.to_device(packed, self.device)
+        bounds_ = compat.to_device(bounds.astype(np.int32), self.device)
+        bases = ChunkBases(base_, bounds_, int(bounds[:, 1].max()))
+        return PrefillItems(row_, position_, query_start_, query_len_, bases)
 
     def _count(
         self,

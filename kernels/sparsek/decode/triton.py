@@ -20,6 +20,9 @@ from vllm_sparsek.kernels.common.device import (
 )
 from vllm_sparsek.kernels.decode.splits import split_sizes
 
+# of decode_fwd_kernel
+OPTIONS = {"num_warps": 4, "num_stages": 2}
+
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "split_tokens", "splits"])
 def decode_fwd_kernel(
@@ -211,7 +214,7 @@ def decode(
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table.stride(0), units.stride(0), units.stride(1),
         G=group, D=head_dim, PAGE=page, UNIT=budget.unit, SOFT=gates is not None,
-        **tiles, num_warps=4, num_stages=2,
+        **tiles, **OPTIONS,
     )  # fmt: skip
     reduce_fwd_kernel[(items, query_heads)](
         acc, stats, item_row, item_position, out, *scalars, out.stride(0), out.stride(1),
@@ -234,7 +237,7 @@ COMPILE_CASES = [
                 "SOFT": soft,
                 **tile_sizes(head_dim, group, 2),
             },
-            {"num_warps": 4, "num_stages": 2},
+            OPTIONS,
         )
         for dtype, group, head_dim, page, unit, soft in [
             ("bf16", 4, 128, 16, 1, False),

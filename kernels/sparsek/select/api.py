@@ -11,6 +11,7 @@ from vllm_sparsek.kernels.common.dispatch import (
     implementation,
     require,
 )
+from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.kernels.select.memo import SelectionMemo
 
 POOLINGS = ("lse", "max", "mean")
@@ -28,6 +29,7 @@ def select(
     gates_out: torch.Tensor | None = None,
     impl: str = "auto",
     memo: SelectionMemo | None = None,
+    bases: ChunkBases | None = None,
 ) -> None:
     """Exact top-k of the scores that compete, for all items and KV heads.
 
@@ -46,6 +48,7 @@ def select(
         impl: auto, triton, cpu or reference.
         memo: keeps lists from step to step (Triton only); ``units_out`` and ``gates_out`` must
             then be the ones of the step before.
+        bases: what the items of a chunk share (Triton only; not with ``soft`` or ``memo``).
 
     Raises:
         ValueError, TypeError: an argument, named in the message, does not fit.
@@ -80,8 +83,8 @@ def select(
             gates_out.copy_(gates)
         return
     if not module.__name__.endswith("triton"):
-        if memo is not None:
-            raise ValueError("memo is for the Triton implementation: leave it out")
+        if memo is not None or bases is not None:
+            raise ValueError("memo and bases are for the Triton implementation: leave them out")
         module.select(
             scores, block_table, item_row, item_position, budget, pooling, soft, units_out,
             gates_out,
@@ -92,7 +95,14 @@ def select(
         check_tensor("memo.stamps", memo.stamps, 3, torch.int32, device)
         check_shape("memo.stamps", memo.stamps, (*units_out.shape[:2], 4))
         check_tensor("memo.step", memo.step, 1, torch.int32, device)
+    if bases is not None:
+        if soft or memo is not None:
+            raise ValueError("bases are for hard selection without memo: leave them out")
+        check_tensor("bases.item_base", bases.item_base, 1, torch.int32, device)
+        check_shape("bases.item_base", bases.item_base, tuple(item_row.shape))
+        check_tensor("bases.bounds", bases.bounds, 2, torch.int32, device)
+        check_shape("bases.bounds", bases.bounds, (bases.bounds.shape[0], 3))
     module.select(
         scores, block_table, item_row, item_position, budget, pooling, soft, units_out, gates_out,
-        memo,
+        memo, bases,
     )  # fmt: skip

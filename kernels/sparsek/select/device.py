@@ -1,0 +1,306 @@
+"""Device code of selection: scores of units, their order, and the best of some candidates."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+POOL_CHUNK = tl.constexpr(16)  # tokens of every page that are loaded at once
+# the threshold search takes a handful of Newton steps; scores that make it jump to and fro are
+# bisected after that, which needs about 24 steps more
+NEWTON_STEPS = tl.constexpr(12)
+SOFT_STEPS = tl.constexpr(48)
+SOFT_TOLERANCE = tl.constexpr(1e-7)  # of tau
+
+
+@triton.jit
+def load_unit_scores(
+    o_u,  # [BLOCK] units
+    m_u,  # [BLOCK]
+    p_scores,  # one head of the score cache
+    p_table,  # [max_blocks] int32
+    stride_block,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    POOLING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scores [BLOCK] of units, -inf where masked; -0.0 is made 0.0: the two are equal.
+
+    POOLING "none": ``p_scores`` are scores of units, in the order of the context.
+    """
+    if POOLING == "none":
+        b_z = tl.load(p_scores + o_u, mask=m_u, other=float("-inf"))
+    elif UNIT == 1:
+        b_block = tl.load(p_table + o_u // PAGE, mask=m_u, other=0).to(tl.int64)
+        b_z = tl.load(p_scores + b_block * stride_block + o_u % PAGE, mask=m_u, other=float("-inf"))
+    else:
+        b_block = tl.load(p_table + o_u, mask=m_u, other=0).to(tl.int64)
+        o_c = tl.arange(0, POOL_CHUNK)
+        p_page = p_scores + b_block[:, None] * stride_block + o_c[None, :]
+        # chunks are combined element by element and reduced once, after the loop: a reduction
+        # inside trips an assertion of Triton 3.6 (OptimizeThreadLocality)
+        if POOLING == "mean":
+            b_sum = tl.zeros([BLOCK, POOL_CHUNK], tl.float32)
+            for c in range(0, UNIT, POOL_CHUNK):
+                m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
+                b_sum += tl.load(p_page + c, mask=m_c, other=0.0)  # [BLOCK, CHUNK]
+            b_z = tl.where(m_u, tl.sum(b_sum, 1) / UNIT, float("-inf"))
+        else:
+            b_high = tl.full([BLOCK, POOL_CHUNK], float("-inf"), tl.float32)
+            for c in range(0, UNIT, POOL_CHUNK):
+                m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
+                b_high = tl.maximum(b_high, tl.load(p_page + c, mask=m_c, other=float("-inf")))
+            b_z = tl.max(b_high, 1)
+            if POOLING == "lse":
+                b_shift = tl.where(b_z == float("-inf"), 0.0, b_z)
+                b_sum = tl.zeros([BLOCK, POOL_CHUNK], tl.float32)
+                for c in range(0, UNIT, POOL_CHUNK):
+                    m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
+                    b_c = tl.load(p_page + c, mask=m_c, other=float("-inf"))
+                    b_sum += tl.exp(b_c - b_shift[:, None])
+                # the highest token alone contributes 1
+                b_log = tl.log(tl.maximum(tl.sum(b_sum, 1), 1.0))
+                b_z = tl.where(b_z == float("-inf"), b_z, b_shift + b_log)
+    return tl.where(b_z == 0.0, 0.0, b_z)
+
+
+@triton.jit
+def candidate_units(o_c, p_list, listed, fresh, end, LISTED: tl.constexpr):
+    """Units [BLOCK] of candidates ``o_c``, ascending, and which of them exist [BLOCK].
+
+    The candidates are ``listed`` units of a list, which may have holes (-1), and after them the
+    units from ``fresh`` to ``end``.
+    """
+    o_u = fresh + o_c - listed
+    m_u = o_u < end
+    if LISTED:
+        o_u = tl.where(o_c < listed, tl.load(p_list + o_c, mask=o_c < listed, other=0), o_u)
+        m_u = (o_u >= 0) & (o_u < end)
+    return o_u, m_u
+
+
+@triton.jit
+def ordered_key(b_z):
+    """float32 to uint32 of the same order."""
+    b_bits = b_z.to(tl.int32, bitcast=True)
+    b_bits = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    # flips the sign bit
+    return (b_bits ^ -0x80000000).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def key_value(b_key):
+    """The float32 whose ``ordered_key`` is ``b_key``."""
+    b_bits = b_key.to(tl.int32, bitcast=True) ^ -0x80000000
+    return (b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def soft_threshold(
+    b_top,  # the kept unit with the lowest score has this score
+    keep,
+    first,
+    end,
+    p_scores,
+    p_table,
+    stride_block,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    POOLING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """tau - b_top, where sum(clip(score - tau, 0, 1)) == keep; it lies in [-1, 0].
+
+    Newton's method kept inside a bracket. Everything is relative to ``b_top`` so that sums
+    stay small numbers; units at the cap of 1 are counted, not summed.
+    """
+    o_b = tl.arange(0, BLOCK)
+    b_low = tl.full([], -1.0, tl.float32)
+    b_high = tl.full([], 0.0, tl.float32)
+    b_tau = tl.full([], -1.0, tl.float32)
+    b_change = tl.full([], 1.0, tl.float32)
+    i_step = tl.full([], 0, tl.int32)
+    while (b_change > SOFT_TOLERANCE) & (i_step < SOFT_STEPS):
+        b_capped = tl.zeros([BLOCK], tl.int32)
+        b_inside = tl.zeros([BLOCK], tl.int32)
+        b_sum = tl.zeros([BLOCK], tl.float32)
+        for start in range(first, end, BLOCK):
+            o_u = start + o_b
+            b_z = load_unit_scores(
+                o_u, o_u < end, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
+            )
+            b_d = b_z - b_top
+            m_capped = b_d - b_tau >= 1.0
+            m_inside = (b_d > b_tau) & (b_d - b_tau < 1.0)
+            b_capped += m_capped.to(tl.int32)
+            b_inside += m_inside.to(tl.int32)
+            b_sum += tl.where(m_inside, b_d, 0.0)
+        n_inside = tl.sum(b_inside, 0)
+        # mass(tau) - keep = missing - n_inside * tau on this linear piece
+        b_missing = tl.sum(b_sum, 0) + (tl.sum(b_capped, 0) - keep).to(tl.float32)
+        b_excess = b_missing - n_inside.to(tl.float32) * b_tau
+        b_low = tl.where(b_excess > 0.0, b_tau, b_low)
+        b_high = tl.where(b_excess > 0.0, b_high, b_tau)
+        b_newton = b_missing / tl.maximum(n_inside, 1).to(tl.float32)
+        m_inner = (n_inside > 0) & (b_newton > b_low) & (b_newton < b_high)
+        b_next = tl.where(m_inner & (i_step < NEWTON_STEPS), b_newton, 0.5 * (b_low + b_high))
+        # at the root Newton stands still and only rounding decides on which side of the bracket
+        m_root = (n_inside > 0) & (tl.abs(b_newton - b_tau) <= SOFT_TOLERANCE)
+        b_next = tl.where(m_root | (b_excess == 0.0), b_tau, b_next)
+        b_change = tl.abs(b_next - b_tau)
+        b_tau = b_next
+        i_step += 1
+    return b_tau
+
+
+@triton.jit
+def narrow(b_count, need, prefix, known, shift):
+    """Fix the byte at ``shift`` of the key of rank ``need`` among those that match ``prefix``.
+
+    Args:
+        b_count: [256] how many of them have which byte.
+
+    Returns:
+        rank among the keys with that byte, prefix and mask of the bytes known, next shift.
+    """
+    b_above = tl.sum(b_count, 0) - tl.cumsum(b_count, 0)  # [256] keys in higher bins
+    m_bin = (b_above < need) & (b_above + b_count >= need)
+    digit = tl.sum(tl.where(m_bin, tl.arange(0, 256), 0), 0)
+    need -= tl.sum(tl.where(m_bin, b_above, 0), 0)
+    prefix = prefix | (digit.to(tl.uint32) << shift)
+    known = known | (tl.full([], 0xFF, tl.uint32) << shift)
+    return need, prefix, known, shift - 8
+
+
+@triton.jit
+def take(
+    o_u,
+    m_u,
+    b_z,
+    b_key,
+    threshold,
+    ties,
+    written,
+    equal_seen,
+    keep,
+    b_top,
+    b_tau,
+    p_units,
+    p_gates,
+    SOFT: tl.constexpr,
+):
+    """Write the units of a tile above the threshold and the first ``ties`` equal to it, in order.
+
+    Returns:
+        units written and units equal to the threshold so far.
+    """
+    b_equal = (m_u & (b_key == threshold)).to(tl.int32)
+    m_equal = (b_equal == 1) & (equal_seen + tl.cumsum(b_equal, 0) <= ties)
+    b_take = ((m_u & (b_key > threshold)) | m_equal).to(tl.int32)
+    o_slot = written + tl.cumsum(b_take, 0) - b_take
+    # the bound only matters if rounding of a pooled score differed between two passes
+    m_slot = (b_take == 1) & (o_slot < keep)
+    tl.store(p_units + o_slot, o_u, mask=m_slot)
+    if SOFT:
+        b_gate = tl.minimum(tl.maximum(b_z - b_top - b_tau, 0.0), 1.0)
+        # fewer than keep units have a score: -inf - -inf is nan
+        b_gate = tl.where(b_top == float("-inf"), 1.0, b_gate)
+        tl.store(p_gates + o_slot, b_gate, mask=m_slot)
+    return written + tl.sum(b_take, 0), equal_seen + tl.sum(b_equal, 0)
+
+
+@triton.jit
+def keep_best(
+    keep,
+    low,
+    p_list,
+    listed,
+    fresh,
+    end,
+    p_scores,  # one head of the score cache
+    p_table,
+    stride_block,
+    p_units,  # [K] int32, written
+    p_gates,  # [K] float32, written (SOFT)
+    max_units,  # K
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    POOLING: tl.constexpr,
+    SOFT: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The best ``keep`` units of ``low``..``end``, ascending, padded with -1.
+
+    They are looked for among the candidates (see ``candidate_units``), ``p_list`` may be
+    ``p_units``. Radix select, then a compaction in order; few candidates are read once.
+    """
+    o_b = tl.arange(0, BLOCK)
+    candidates = listed + end - fresh
+    # after every pass ``threshold`` holds one more byte of the keep-th largest key
+    threshold = tl.full([], 0, tl.uint32)
+    known = tl.full([], 0, tl.uint32)
+    shift = tl.full([], 24, tl.uint32)
+    need = keep
+    written = keep * 0
+    equal_seen = keep * 0
+    b_tau = tl.full([], 0.0, tl.float32)
+    if keep == end - low:
+        for start in range(0, keep, BLOCK):
+            o_slot = start + o_b
+            tl.store(p_units + o_slot, low + o_slot, mask=o_slot < keep)
+            if SOFT:
+                tl.store(p_gates + o_slot, tl.full([BLOCK], 1.0, tl.float32), mask=o_slot < keep)
+        written = keep
+    elif candidates <= BLOCK:
+        o_u, m_u = candidate_units(o_b, p_list, listed, fresh, end, LISTED)
+        b_z = load_unit_scores(
+            o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
+        )
+        b_key = ordered_key(b_z)
+        for _ in range(4):
+            b_digit = ((b_key >> shift) & 0xFF).to(tl.int32)
+            b_count = tl.histogram(b_digit, 256, mask=m_u & ((b_key & known) == threshold))
+            need, threshold, known, shift = narrow(b_count, need, threshold, known, shift)
+        b_top = key_value(threshold)
+        if SOFT:
+            b_tau = soft_threshold(
+                b_top, keep, low, end, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
+            )
+        written, equal_seen = take(
+            o_u, m_u, b_z, b_key, threshold, need, written, equal_seen, keep, b_top, b_tau,
+            p_units, p_gates, SOFT,
+        )  # fmt: skip
+    else:
+        for _ in range(4):
+            b_count = tl.zeros([256], tl.int32)
+            for start in range(0, candidates, BLOCK):
+                o_u, m_u = candidate_units(start + o_b, p_list, listed, fresh, end, LISTED)
+                b_z = load_unit_scores(
+                    o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
+                )
+                b_key = ordered_key(b_z)
+                b_digit = ((b_key >> shift) & 0xFF).to(tl.int32)
+                b_count += tl.histogram(b_digit, 256, mask=m_u & ((b_key & known) == threshold))
+            need, threshold, known, shift = narrow(b_count, need, threshold, known, shift)
+        b_top = key_value(threshold)
+        if SOFT:
+            b_tau = soft_threshold(
+                b_top, keep, low, end, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
+            )
+        # in place if p_list is p_units: no candidate moves up, and cumsum is a barrier
+        for start in range(0, candidates, BLOCK):
+            o_u, m_u = candidate_units(start + o_b, p_list, listed, fresh, end, LISTED)
+            b_z = load_unit_scores(
+                o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
+            )
+            written, equal_seen = take(
+                o_u, m_u, b_z, ordered_key(b_z), threshold, need, written, equal_seen, keep, b_top,
+                b_tau, p_units, p_gates, SOFT,
+            )  # fmt: skip
+    for start in range(tl.minimum(written, keep), max_units, BLOCK):
+        o_slot = start + o_b
+        tl.store(p_units + o_slot, tl.full([BLOCK], -1, tl.int32), mask=o_slot < max_units)
+        if SOFT:
+            tl.store(p_gates + o_slot, tl.zeros([BLOCK], tl.float32), mask=o_slot < max_units)
