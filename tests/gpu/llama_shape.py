@@ -1,14 +1,16 @@
 """Llama-3.1-8B shape with dummy weights on one GPU: identity below the budget, and speed.
 
-    python tests/gpu/llama_shape.py dense|sparsek OUT.json [SPARSEK_SETTINGS_JSON]
+    python tests/gpu/llama_shape.py dense|sparsek OUT.json [SPARSEK_JSON [LLM_ARGUMENTS_JSON]]
 
 Runs one backend, writes tokens and times to OUT.json; if OUT.json's sibling of the other
-backend exists, compares with it. Runner V1: VLLM_USE_V2_MODEL_RUNNER=0.
+backend exists, compares with it. Runner V1: VLLM_USE_V2_MODEL_RUNNER=0. The environment variable
+LLAMA_CASES takes other batches than CASES, as 16x32768,1x8192.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -23,7 +25,8 @@ SHAPE = {
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1,
     "eos_token_id": 2, "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
-LONG, ROWS = 32768, 16
+# requests x context
+CASES = "16x2048,16x8192,1x8192,16x32768,1x32768,1x122880"
 
 
 def prompt(seed: int, length: int) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def prompt(seed: int, length: int) -> dict[str, Any]:
     return {"prompt_token_ids": [draw.randrange(10, 128000) for _ in range(length)]}
 
 
-def main(backend: str, out: Path, settings: dict[str, Any]) -> None:
+def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]) -> None:
     """Load the engine once and measure several things."""
     from vllm import LLM, SamplingParams
 
@@ -46,9 +49,9 @@ def main(backend: str, out: Path, settings: dict[str, Any]) -> None:
     else:
         extra = {"attention_backend": "FLASH_ATTN"}
     started = time.perf_counter()
-    llm = LLM(folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=36864,
+    llm = LLM(folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=131072,
               max_num_seqs=32, gpu_memory_utilization=0.9, disable_log_stats=False,
-              max_num_batched_tokens=8192, seed=0, **extra)  # fmt: skip
+              max_num_batched_tokens=8192, seed=0, **extra, **more)  # fmt: skip
     result: dict[str, Any] = {"backend": backend, "settings": settings}
     result["load_s"] = time.perf_counter() - started
 
@@ -62,8 +65,10 @@ def main(backend: str, out: Path, settings: dict[str, Any]) -> None:
     short = [prompt(i, n) for i, n in enumerate((5, 17, 500, 1000, 1500, 1900))]
     result["short"], _ = run(short, 48)
     result["short_alone"] = [run([p], 48)[0][0] for p in short[3:5]]
-    for rows, length in ((1, 8192), (ROWS, LONG), (1, LONG)):
-        name = f"{rows}x{length}"
+    # kernels are compiled before anything is timed
+    run([prompt(999, 20000), prompt(998, 9000)], 4)
+    for name in os.environ.get("LLAMA_CASES", CASES).split(","):
+        rows, length = map(int, name.split("x"))
         prompts = [prompt(1000 + i, length) for i in range(rows)]
         _, prefill = run(prompts, 1)
         run(prompts, 4)
@@ -72,6 +77,8 @@ def main(backend: str, out: Path, settings: dict[str, Any]) -> None:
         result[f"prefill_s_{name}"] = prefill
         result[f"decode_ms_{name}"] = (many - few) / 64 * 1e3
         result[f"tokens_{name}"] = tokens
+        print(name, f"prefill {rows * length / prefill:.0f} tok/s,",
+              f"decode {result[f'decode_ms_{name}']:.2f} ms a step", flush=True)  # fmt: skip
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     result["prefix_hits"] = metrics.get("vllm:prefix_cache_hits")
     result["prefix_queries"] = metrics.get("vllm:prefix_cache_queries")
@@ -88,4 +95,5 @@ def main(backend: str, out: Path, settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]) if len(sys.argv) > 3 else {})
+    settings, arguments = (json.loads(part) for part in [*sys.argv[3:], "{}", "{}"][:2])
+    main(sys.argv[1], Path(sys.argv[2]), settings, arguments)
