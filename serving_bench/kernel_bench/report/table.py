@@ -11,6 +11,8 @@ from vllm_sparsek.serving_bench.kernel_bench import tiers
 from vllm_sparsek.serving_bench.kernel_bench.results import Results, Row
 
 NONE = "-"
+# a table wider than the terminal is better wrapped by it than squeezed by rich
+LEAST_WIDTH = 140
 HEADINGS = (
     "µs", "µs/(b·h)", "GB/s", "% copy", "TFLOP/s", "density", "max |diff|", "of allowed", "2e-3",
     "gate", "speed-up",
@@ -47,19 +49,18 @@ def _case(results: Results, rows: list[Row], console: Console) -> None:
     against = f", speed-up over {first.against}" if first.against else ""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
     table.title = escape(f"{first.group}: {first.case}{against}")
-    for name in ("budget", "arm"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("arm", no_wrap=True)
     for name in HEADINGS:
         table.add_column(name, justify="right", no_wrap=True)
     previous: str | None = None
     for row in rows:
-        if row.budget != previous:
+        if row.budget is not None and row.budget != previous:
             table.add_section()
-        label = row.budget if row.budget != previous else ""
+            table.add_row(escape(row.budget))
         previous = row.budget
-        table.add_row(label or "", escape(row.arm), *_cells(results, row))
-    # a table wider than the terminal is better cut by it than squeezed by rich
-    console.print(table, overflow="ignore", crop=False, width=max(console.width, 160))
+        indent = "" if row.budget is None else "  "
+        table.add_row(indent + escape(row.arm), *_cells(results, row))
+    console.print(table)
     for reason, arms in _reasons(rows).items():
         console.print(escape(f"  {', '.join(arms)}: {reason}"), highlight=False, soft_wrap=True)
 
@@ -97,11 +98,12 @@ def _tiers(results: Results, console: Console) -> None:
             "pass" if outcome.passed else "FAIL",
             escape(outcome.why),
         )
-    console.print(table, overflow="ignore", crop=False, width=max(console.width, 160))
+    console.print(table)
 
 
 def show(results: Results, console: Console) -> None:
     """Print all cases in the order measured, the ceilings, then the tiers."""
+    console.width = max(console.width, LEAST_WIDTH)
     for case_id in dict.fromkeys(row.case_id for row in results.rows):
         _case(results, [row for row in results.rows if row.case_id == case_id], console)
     copy, matmul = (results.ceilings.get(k) for k in ("copy_gb_per_s", "matmul_tflops"))
