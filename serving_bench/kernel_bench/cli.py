@@ -102,6 +102,8 @@ def _measure(args: argparse.Namespace, output: Path) -> int:
 
     def done(row: Row) -> None:
         print(_line(row), flush=True)
+
+    def save() -> None:
         report.save_data(results, output)
 
     status, message = 0, ""
@@ -109,7 +111,7 @@ def _measure(args: argparse.Namespace, output: Path) -> int:
         with interruptible():
             results.ceilings = asdict(measure.ceilings())
             l2_bytes = results.environment["gpu"]["l2_bytes"]
-            Runner(results, device, l2_bytes, done).run(choice.cases)
+            Runner(results, device, l2_bytes, done, save).run(choice.cases)
     except BenchError as error:
         status, message = 1, str(error)
     except Interrupted as stop:
@@ -117,7 +119,7 @@ def _measure(args: argparse.Namespace, output: Path) -> int:
     if not status and (wrong := faults(results)):
         status, message = 1, f"{len(wrong)} results failed or are wrong, first: {wrong[0]}"
     results.error = message or None
-    report.save_data(results, output)
+    save()
     _show(results, output)
     print(f"results: {output / report.CSV_NAME}")
     if status:

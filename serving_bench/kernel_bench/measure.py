@@ -69,11 +69,12 @@ def _capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
     return graph, passes * len(calls)
 
 
-def time_calls(calls: Sequence[Call], samples: int = SAMPLES) -> Timing:
+def time_calls(calls: Sequence[Call], capturable: bool = True, samples: int = SAMPLES) -> Timing:
     """Time calls that do the same on different inputs; they take turns.
 
     Args:
         calls: one per input set.
+        capturable: short calls are replayed from a CUDA graph.
         samples: measurements, the median of which counts.
     """
     for call in calls:
@@ -81,7 +82,7 @@ def time_calls(calls: Sequence[Call], samples: int = SAMPLES) -> Timing:
     for _ in range(WARMUP):
         calls[0]()
     torch.cuda.synchronize()
-    if statistics.median(_events(calls, 3)) >= GRAPH_BELOW_US:
+    if not capturable or statistics.median(_events(calls, 3)) >= GRAPH_BELOW_US:
         return _timing(_events(calls, samples), "events")
     try:
         graph, made = _capture(calls)
@@ -96,7 +97,7 @@ def time_calls(calls: Sequence[Call], samples: int = SAMPLES) -> Timing:
 
 def quick(call: Call) -> float:
     """Microseconds of a call, roughly: for choosing a setting."""
-    return time_calls([call], QUICK_SAMPLES).us
+    return time_calls([call], samples=QUICK_SAMPLES).us
 
 
 @dataclass(frozen=True)

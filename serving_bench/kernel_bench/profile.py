@@ -38,6 +38,11 @@ METRICS = {
     "dram_read_bytes": "dram__bytes_read.sum",
     "dram_write_bytes": "dram__bytes_write.sum",
 }
+# to nanoseconds, bytes and percent; --print-units base asks for these
+UNITS = {
+    "": 1.0, "%": 1.0, "ns": 1.0, "nsecond": 1.0, "us": 1e3, "usecond": 1e3, "ms": 1e6,
+    "msecond": 1e6, "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9,
+}  # fmt: skip
 # the user's aims, by what bounds the kernel: metric, percent it should exceed
 AIMS = {"compute": ("sm_throughput_pct", 85.0), "memory": ("dram_throughput_pct", 75.0)}
 
@@ -69,10 +74,11 @@ def command(ncu: str, log: Path, target: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def _value(text: str | None) -> float | None:
+def _value(text: str | None, unit: str | None) -> float | None:
     try:
-        return float((text or "").replace(",", ""))
-    except ValueError:
+        return float((text or "").replace(",", "")) * UNITS[unit or ""]
+    # n/a, or a unit that we cannot convert
+    except (ValueError, KeyError):
         return None
 
 
@@ -84,16 +90,21 @@ def parse(text: str) -> list[Kernel]:
         return []
     table = [line for line in lines[head:] if line.startswith('"')]
     found = []
+    units: dict[str, str] = {}
     for row in csv.DictReader(table):
         # the row of units has no ID
         if not (row.get("ID") or "").strip().isdecimal():
+            units = row
             continue
         found.append(
             Kernel(
                 row.get("Kernel Name") or "",
                 row.get("Grid Size") or "",
                 row.get("Block Size") or "",
-                {name: _value(row.get(metric)) for name, metric in METRICS.items()},
+                {
+                    name: _value(row.get(metric), units.get(metric))
+                    for name, metric in METRICS.items()
+                },
             )
         )
     return found
@@ -194,20 +205,24 @@ def run(config: str | None, groups: list[str] | None, output: Path, about: dict[
     profiled_cases(config, groups)
     with tempfile.TemporaryDirectory() as folder:
         log, manifest = Path(folder) / "ncu.csv", Path(folder) / "manifest.json"
+        said = Path(folder) / "output.log"
         target = [sys.executable, "-m", TARGET, str(manifest), config or ""]
         target += [",".join(groups)] if groups else []
         # the working directory must not shadow the installed package
         env = {**os.environ, "PYTHONSAFEPATH": "1"}
         line = command(ncu, log, target)
-        with Child(line, output / LOG_NAME, env) as child:
-            if not wait(child, LIMIT_SECONDS):
-                raise BenchError(f"ncu took more than {LIMIT_SECONDS} s: see {output / LOG_NAME}")
+        with Child(line, said, env) as child:
+            done = wait(child, LIMIT_SECONDS)
             code = child.returncode
-        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        text, own = (
+            path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+            for path in (log, said)
+        )
         kernels = parse(text)
-        if not kernels or not manifest.is_file():
-            own = (output / LOG_NAME).read_text(encoding="utf-8", errors="replace")
-            raise BenchError(f"{_fault(text + own, code)} (log: {output / LOG_NAME})")
+        if not done or not kernels or not manifest.is_file():
+            write_atomically(output / LOG_NAME, (text + own).encode())
+            fault = _fault(text + own, code) if done else f"ncu took more than {LIMIT_SECONDS} s"
+            raise BenchError(f"{fault} (log: {output / LOG_NAME})")
         rows = [Row.model_validate(row) for row in json.loads(manifest.read_text())]
     entries = assign(rows, kernels)
     left_out = [

@@ -49,6 +49,9 @@ def _profile(row: Row, arm: Arm, inputs: Inputs, budget: Budget | None) -> None:
         sparsek_profile_marker[(1,)](mark)
         call()
         torch.cuda.synchronize()
+    # its marker is recorded, so it has a place in the account
+    except Exception as error:
+        row.reason = first_line(error)
     finally:
         torch.cuda.profiler.stop()
 

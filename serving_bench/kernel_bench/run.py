@@ -22,7 +22,7 @@ from vllm_sparsek.serving_bench.kernel_bench.results import Results, Row, new_ro
 NO_GPU = "the kernel benchmark needs a CUDA GPU, and torch finds none"
 
 Report = Callable[[Row], None]
-Measure = Callable[[list[measure.Call]], measure.Timing]
+Measure = Callable[[list[measure.Call], bool], measure.Timing]
 
 
 def require_gpu() -> torch.device:
@@ -78,7 +78,7 @@ def run_arm(
         if "attention" in row.part:
             row.user_bound = USER_BOUND.get(case.dtype)
     del output
-    timing = time(prepared.calls)
+    timing = time(prepared.calls, prepared.capturable)
     row.us, row.us_p20, row.us_p80 = timing.us, timing.p20, timing.p80
     row.samples, row.timing = timing.samples, timing.how
     row.note = "; ".join(filter(None, (row.note, timing.note)))
@@ -91,7 +91,7 @@ class Runner:
         results: filled as rows are done.
         device: where.
         l2_bytes: size of its L2 cache: input sets that take turns do not fit it.
-        report: called with every row when it is done.
+        report: called with every row when it is done; save: after every case.
         time: takes the times.
     """
 
@@ -101,10 +101,11 @@ class Runner:
         device: torch.device,
         l2_bytes: int,
         report: Report,
+        save: Callable[[], None],
         time: Measure = measure.time_calls,
     ):
         self.results, self.device, self.l2_bytes = results, device, l2_bytes
-        self.report, self.time = report, time
+        self.report, self.save, self.time = report, save, time
 
     def run(self, cases: list[Case]) -> None:
         """Measure every case.
@@ -115,6 +116,7 @@ class Runner:
         plans = [(case, arms_of(case)) for case in cases]
         for case_id, (case, arms) in enumerate(plans):
             self._case(case_id, case, arms)
+            self.save()
 
     def _case(self, case_id: int, case: Case, arms: list[Arm]) -> None:
         _free()
@@ -152,9 +154,9 @@ class Runner:
         except Exception as error:
             row.status, row.reason, row.us = "failed", first_line(error), None
         self._done(row)
-        _free()
         if row.status == "failed":
             self._require_alive(row)
+            _free()
 
     def _done(self, row: Row) -> None:
         self.results.rows.append(row)

@@ -31,7 +31,7 @@ CASES = (DECODE, PREFILL, CHUNK, SELECT, SCORE, TRAINING)
 IDS = ("decode", "prefill", "chunk", "select", "score", "training")
 
 
-def call_once(calls):
+def call_once(calls, capturable=True):
     """Makes the calls and pretends that each takes a microsecond."""
     for call in calls:
         call()

@@ -540,3 +540,48 @@ def test_a_new_row_names_case_and_budget():
     assert made.case == "select B2 H4/2 S200 D64 float16"
     assert (made.unit, made.refresh, made.budget) == (16, 32, "s3+k32+w24 R32 page16")
     assert CHUNK.name == "prefill B2 H4/2 S90 of 200 D64 float16"
+
+
+# times
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Events that say what a list says, and graphs of as many calls as were captured."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def install(us, capture=None):
+        def events(calls, samples, per_sample=1):
+            return [us / per_sample] * samples
+
+        def graph(calls):
+            if capture is not None:
+                raise capture
+            return types.SimpleNamespace(replay=lambda: None), 10
+
+        monkeypatch.setattr(measure, "_events", events)
+        monkeypatch.setattr(measure, "_capture", graph)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("us", "capturable", "wanted"),
+    [(5000.0, True, ("events", 5000.0)), (500.0, True, ("graph", 50.0)),
+     (500.0, False, ("events", 500.0))],
+    ids=["long", "short", "training"],
+)  # fmt: skip
+def test_short_calls_are_replayed_from_a_graph_of_several(clock, us, capturable, wanted):
+    clock(us)
+    called = []
+    timing = measure.time_calls([lambda: called.append(0), lambda: called.append(1)], capturable)
+    assert (timing.how, timing.us) == wanted
+    assert timing.samples == measure.SAMPLES >= 20
+    # every input set is warm before anything is timed
+    assert {0, 1} <= set(called)
+
+
+def test_what_cannot_be_captured_is_timed_by_events_and_says_so(clock):
+    clock(500.0, RuntimeError("operation not permitted\nmore"))
+    timing = measure.time_calls([lambda: None])
+    assert (timing.how, timing.note) == ("events", "not captured: operation not permitted")

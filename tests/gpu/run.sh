@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything the tests can only show on a GPU, in stages that write their logs to a folder.
-# Usage: tests/gpu/run.sh OUT STAGE...   stages: kernels sanitize times engine engine-v1 llama
+# Usage: tests/gpu/run.sh OUT STAGE...   stages: kernels sanitize times bench profile engine engine-v1 llama
 set -uo pipefail
 out=$(realpath -m "$1"); shift
 mkdir -p "$out"
@@ -19,7 +19,9 @@ for s in "$@"; do
   case $s in
     kernels) stage kernels 500 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/kernels -q --ignore "$root"/tests/kernels/test_compile.py ;;
     sanitize) stage sanitize 400 compute-sanitizer --tool memcheck --error-exitcode 9 python3 "$root"/tests/kernels/sanitize.py ;;
-    times) stage times 300 python3 "$root"/tests/kernels/time_kernels.py ;;
+    times) stage times 300 python3 -m vllm_sparsek.cli bench kernels --run micro --output "$out/micro" ;;
+    bench) stage bench 590 python3 -m vllm_sparsek.cli bench kernels --output "$out/bench" ;;
+    profile) stage profile 590 python3 -m vllm_sparsek.cli bench kernels --profile --output "$out/bench" ;;
     engine) stage engine-v2 590 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/engine/test_outputs.py -q -x ;;
     engine-v1) VLLM_USE_V2_MODEL_RUNNER=0 stage engine-v1 590 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/engine/test_outputs.py -q -x -k "${ENGINE_CASES:-keydiff or default}" ;;
     llama) stage llama-dense 290 python3 "$root"/tests/gpu/llama_shape.py dense "$out/llama-dense.json"

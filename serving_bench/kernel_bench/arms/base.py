@@ -25,12 +25,14 @@ class Prepared:
         judge: holds the result of ``calls[0]`` to the truth; None: the kernel's own tests do.
         work: what one call must do at least.
         note: a setting that was chosen for this case.
+        capturable: may be replayed from a CUDA graph; training runs outside of them.
     """
 
     calls: list[Callable[[], torch.Tensor]]
     judge: Judge | None
     work: Work
     note: str = ""
+    capturable: bool = True
 
 
 @dataclass(frozen=True)

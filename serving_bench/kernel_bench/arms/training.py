@@ -29,7 +29,7 @@ def _prefix(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
         prefix_api.prefix(z, budget.k, tau, expiry)
         return tau
 
-    return Prepared([call], None, Work(3 * z.numel() * SCORE_BYTES))
+    return Prepared([call], None, Work(3 * z.numel() * SCORE_BYTES), capturable=False)
 
 
 def _operator(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
@@ -37,7 +37,8 @@ def _operator(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
 
     assert budget is not None
     z = _scores(inputs)
-    return Prepared([lambda: sparsek(z, budget.k)], None, Work(2 * z.numel() * SCORE_BYTES))
+    least = Work(2 * z.numel() * SCORE_BYTES)
+    return Prepared([lambda: sparsek(z, budget.k)], None, least, capturable=False)
 
 
 ARMS = (
