@@ -33,7 +33,7 @@ from vllm_sparsek.kernels.decode.reference import visible_positions
 from vllm_sparsek.kernels.select import reference as select_reference
 from vllm_sparsek.serving_bench.errors import BenchError
 from vllm_sparsek.serving_bench.kernel_bench import cases, gate, measure, report, tiers, work
-from vllm_sparsek.serving_bench.kernel_bench.arms import ARMS, arms_of
+from vllm_sparsek.serving_bench.kernel_bench.arms import ARMS, arms_of, kv_write
 from vllm_sparsek.serving_bench.kernel_bench.arms.base import import_fault
 from vllm_sparsek.serving_bench.kernel_bench.cases import Tier
 from vllm_sparsek.serving_bench.kernel_bench.inputs import Inputs, input_sets
@@ -311,6 +311,28 @@ def test_scores_written_elsewhere_are_refused():
     slot = int(inputs.slots(0)[3])
     scores[slot // 16, 1, slot % 16] += 1
     assert not prepared.judge(scores).ok
+
+
+@pytest.mark.parametrize("arm", ["vllm-kv-write", "sparsek-kv-write"])
+def test_written_keys_values_and_learned_scores_are_held_to_what_they_should_be(monkeypatch, arm):
+    def stand_in(inputs, new):
+        def write():
+            slots = new.batch.slot_mapping
+            rows = torch.cat([new.key, new.value], dim=-1)
+            inputs.kv_cache[slots // 16, :, slots % 16] = rows
+
+        return write
+
+    monkeypatch.setattr(kv_write, "_vllm_write", stand_in)
+    inputs, prepared, cache = judged(arm, SCORE)
+    assert prepared.judge(cache).ok
+    slot = int(inputs.slots(0)[-1])
+    if arm == "sparsek-kv-write":
+        inputs.scores[slot // 16, 0, slot % 16] += 1e-3
+        assert not prepared.judge(cache).ok
+        assert prepared.judge(prepared.calls[0]()).ok
+    cache[slot // 16, 1, slot % 16, -1] = float("nan")
+    assert not prepared.judge(cache).ok
 
 
 # FlashAttention-3 over page tables, with a stand-in for the library

@@ -21,6 +21,7 @@ from vllm_sparsek import cli
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.serving_bench.errors import BenchError
 from vllm_sparsek.serving_bench.kernel_bench import cases, measure, profile, report
+from vllm_sparsek.serving_bench.kernel_bench import cli as kernel_cli
 from vllm_sparsek.serving_bench.kernel_bench import run as driver
 from vllm_sparsek.serving_bench.kernel_bench.arms import ARMS, sparsek
 from vllm_sparsek.serving_bench.kernel_bench.arms.base import Arm, Prepared
@@ -211,6 +212,15 @@ def test_a_run_writes_data_plot_and_tables_and_shows_them_again(on_the_cpu, tmp_
     assert cli.main(["bench", "kernels", "--report", str(output)]) == 0
     assert "T3" in capsys.readouterr().out
     assert (output / "roofline.png").is_file()
+
+
+def test_without_the_bench_extra_the_data_are_written_all_the_same(
+    on_the_cpu, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(kernel_cli, "has_modules", lambda *modules: "rich" not in modules)
+    assert cli.main(["bench", "kernels", "--output", str(tmp_path)]) == 0
+    assert f"later: vllm-sparsek bench kernels --report {tmp_path}" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"kernels.csv", "kernels.json"}
 
 
 def test_ctrl_c_writes_what_is_there(on_the_cpu, tmp_path, capsys):
