@@ -5,8 +5,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install -q
 export DEMO_MODELS ?= $(CURDIR)/.models
+# the benchmarks need a GPU, so they run what is installed: in .venv if there is one, else on PATH
+SPARSEK   ?= $(firstword $(wildcard $(BIN)/vllm-sparsek) vllm-sparsek)
+BENCH_OUT ?= serving_bench/results
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint bench bench-profile clean
 
 setup: $(READY)
 
@@ -35,6 +38,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# kernels.csv, kernels.json, roofline.png
+bench:
+	$(SPARSEK) bench kernels --output $(BENCH_OUT)
+
+# metrics.json, by Nsight Compute
+bench-profile:
+	$(SPARSEK) bench kernels --profile --output $(BENCH_OUT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

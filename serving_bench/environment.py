@@ -29,7 +29,8 @@ def _output(*command: str, cwd: Path | None = None) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Return an installed package's version, None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -52,6 +53,12 @@ def gpus() -> list[str]:
     if not all(part.isdecimal() for part in indices):
         return found
     return [found[int(part)] for part in indices if int(part) < len(found)]
+
+
+def driver() -> str | None:
+    """Return the version of NVIDIA's driver, None without one."""
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0] if found else None
 
 
 def cpu() -> str:
@@ -91,6 +98,6 @@ def collect() -> dict[str, object]:
         "cpu": cpu(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in PACKAGES},
         "commit": commit(),
     }

@@ -30,8 +30,13 @@ def run(*argv):
 
 @pytest.mark.parametrize(
     ("argv", "wanted"),
-    [(["--help"], "bench"), (["bench", "--help"], "serve"), (["bench", "serve", "-h"], "--arms")],
-    ids=["top", "group", "command"],
+    [
+        (["--help"], "bench"),
+        (["bench", "--help"], "serve"),
+        (["bench", "serve", "-h"], "--arms"),
+        (["bench", "kernels", "-h"], "--sweep"),
+    ],
+    ids=["top", "group", "bench serve", "bench kernels"],
 )
 def test_help_is_fast_and_imports_nothing_heavy(argv, wanted):
     # the first of two may read modules from a cold disk

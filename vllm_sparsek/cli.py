@@ -31,6 +31,11 @@ COMMANDS = (
         "compare attention backends under vLLM's own serving benchmark",
     ),
     Command(
+        ("bench", "kernels"),
+        "vllm_sparsek.serving_bench.kernel_bench.cli",
+        "time the kernels beside PyTorch's, xFormers', FlashAttention-3 and vLLM's",
+    ),
+    Command(
         ("fit",), "vllm_sparsek.training.cli", "fit a scorer to a model from its own attention"
     ),
     Command(

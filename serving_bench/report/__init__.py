@@ -8,6 +8,7 @@ from rich.console import Console
 
 from vllm_sparsek.serving_bench.report import files, html, plot, table
 from vllm_sparsek.serving_bench.results import Results
+from vllm_sparsek.serving_bench.writing import write_atomically
 
 JSON_NAME = "results.json"
 CSV_NAME = "results.csv"
@@ -25,8 +26,8 @@ def save_all(results: Results, output: Path) -> None:
     """Write JSON, CSV, PNG and HTML."""
     save_data(results, output)
     png = plot.render(results)
-    files.write_atomically(output / PLOT_NAME, png)
-    files.write_atomically(output / HTML_NAME, html.render(results, png).encode())
+    write_atomically(output / PLOT_NAME, png)
+    write_atomically(output / HTML_NAME, html.render(results, png).encode())
 
 
 def show(results: Results, console: Console) -> None:

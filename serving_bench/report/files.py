@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_sparsek.serving_bench.results import Results, Run
+from vllm_sparsek.serving_bench.writing import write_atomically, write_rows
 
 # in front of the metrics; the metrics follow in the order in which a run has them
 _RUN_FIELDS = (
     "arm", "workload", "scale", "repeat", "seed", "started_utc", "duration_s", "completed", "failed"
 )  # fmt: skip
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file, so that an interrupt leaves the old one or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def write_json(results: Results, path: Path) -> None:
@@ -41,16 +31,6 @@ def _row(results: Results, run: Run) -> dict[str, object]:
         "commit": environment.get("commit"),
         **{f"version_{name}": version for name, version in versions.items()},
     }
-
-
-def write_rows(rows: list[dict[str, object]], path: Path, fields: Sequence[str] = ()) -> None:
-    """Write rows as CSV: `fields` first, then the others in the order in which they appear."""
-    stream = io.StringIO(newline="")
-    names = list(dict.fromkeys([*fields, *(name for row in rows for name in row)]))
-    writer = csv.DictWriter(stream, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, stream.getvalue().encode())
 
 
 def write_csv(results: Results, path: Path) -> None:

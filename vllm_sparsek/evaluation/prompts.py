@@ -13,7 +13,7 @@ from vllm_sparsek.evaluation.plan import PERPLEXITY, fingerprint, slug
 from vllm_sparsek.evaluation.tasks import TASKS, Generator, TaskError
 from vllm_sparsek.evaluation.texts import Text
 from vllm_sparsek.serving_bench.errors import BenchError
-from vllm_sparsek.serving_bench.report.files import write_atomically
+from vllm_sparsek.serving_bench.writing import write_atomically
 
 # lengths of contexts are multiples of it
 LENGTH_UNIT = 64

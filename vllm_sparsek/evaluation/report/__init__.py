@@ -8,7 +8,7 @@ from rich.console import Console
 
 from vllm_sparsek.evaluation.report import files, html, plot, table
 from vllm_sparsek.evaluation.results import Results
-from vllm_sparsek.serving_bench.report.files import write_atomically
+from vllm_sparsek.serving_bench.writing import write_atomically
 
 HTML_NAME = "report.html"
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vllm_sparsek.evaluation.results import Results
-from vllm_sparsek.serving_bench.report.files import write_atomically, write_rows
+from vllm_sparsek.serving_bench.writing import write_atomically, write_rows
 
 JSON_NAME = "results.json"
 CSV_NAME = "results.csv"

@@ -1,0 +1,141 @@
+"""Ours, through the kernels' `api.py`: attention, full selection, and both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_sparsek.kernels.bounds import api as bounds_api
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.decode import api as decode_api
+from vllm_sparsek.kernels.prefill import api as prefill_api
+from vllm_sparsek.serving_bench.kernel_bench import work
+from vllm_sparsek.serving_bench.kernel_bench.arms.base import Arm, Prepared, by_request, nan_like
+from vllm_sparsek.serving_bench.kernel_bench.gate import Gate
+from vllm_sparsek.serving_bench.kernel_bench.inputs import Inputs, Items
+
+Call = Callable[[], torch.Tensor]
+
+
+def _decode(inputs: Inputs, budget: Budget, s: int, items: Items, units: torch.Tensor) -> Call:
+    case, query = inputs.case, inputs.query[s]
+    out = nan_like(query)
+    bound = budget.max_tokens_attended(case.context)
+    shapes = decode_api.workspace_shapes(*query.shape, bound)
+    space = (
+        torch.empty(shapes[0], device=inputs.device),
+        torch.empty(shapes[1], device=inputs.device),
+    )
+
+    def call() -> torch.Tensor:
+        decode_api.decode(
+            query, inputs.kv_cache, inputs.table, items.row, items.position, units, None, budget,
+            inputs.scale, out, space, bound,
+        )  # fmt: skip
+        return by_request(out, case)
+
+    return call
+
+
+def _prefill(inputs: Inputs, budget: Budget, s: int, items: Items, units: torch.Tensor) -> Call:
+    query = inputs.query[s]
+    out = nan_like(query)
+
+    def call() -> torch.Tensor:
+        prefill_api.prefill(
+            query, inputs.kv_cache, inputs.table, items.row, items.position, items.start,
+            items.length, units, None, budget, inputs.scale, out,
+        )  # fmt: skip
+        return by_request(out, inputs.case)
+
+    return call
+
+
+def _attend(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
+    """The selection is given."""
+    assert budget is not None
+    attend = _decode if inputs.case.kind == "decode" else _prefill
+    calls = [
+        attend(inputs, budget, s, inputs.items(budget.refresh, s), inputs.units(budget, s))
+        for s in range(inputs.sets)
+    ]
+    return Prepared(calls, gate.sparse(budget), work.attention(inputs.case, budget))
+
+
+def _select(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
+    """Nothing is kept from an earlier call."""
+    assert budget is not None
+
+    def make(s: int) -> Call:
+        items = inputs.items(budget.refresh, s)
+        units = inputs.empty_units(budget, items.row.numel())
+
+        def call() -> torch.Tensor:
+            inputs.select(budget, items, units)
+            return units
+
+        return call
+
+    calls = [make(s) for s in range(inputs.sets)]
+    return Prepared(calls, gate.selection(budget), work.selection(inputs.case, budget))
+
+
+def _both(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
+    """Full selection, then attention."""
+    assert budget is not None
+    case = inputs.case
+    attend = _decode if case.kind == "decode" else _prefill
+
+    def make(s: int) -> Call:
+        items = inputs.items(budget.refresh, s)
+        units = inputs.empty_units(budget, items.row.numel())
+        attention = attend(inputs, budget, s, items, units)
+
+        def call() -> torch.Tensor:
+            inputs.select(budget, items, units)
+            return attention()
+
+        return call
+
+    calls = [make(s) for s in range(inputs.sets)]
+    least = work.attention(case, budget) + work.selection(case, budget)
+    return Prepared(calls, gate.sparse(budget), least)
+
+
+def _select_by_query(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
+    """Random bounds: the time does not depend on what they are."""
+    assert budget is not None
+    case = inputs.case
+    shape = (inputs.kv_cache.shape[0], case.kv_heads, case.page // budget.unit, 2, case.head_dim)
+    bounds = torch.randn(shape, device=inputs.device).to(inputs.kv_cache.dtype)
+    per_call = (case.batch, case.kv_heads, case.context // budget.unit)
+
+    def make(s: int) -> Call:
+        items = inputs.items(budget.refresh, s)
+        units = inputs.empty_units(budget, items.row.numel())
+        scratch = torch.empty(per_call, device=inputs.device)
+
+        def call() -> torch.Tensor:
+            bounds_api.select_by_query(
+                inputs.query[s], bounds, inputs.table, items.row, items.position, budget, units,
+                scratch,
+            )  # fmt: skip
+            return units
+
+        return call
+
+    read = bounds.numel() // bounds.shape[0] * case.batch * case.context // case.page
+    least = work.Work(read * bounds.element_size())
+    return Prepared([make(s) for s in range(inputs.sets)], None, least)
+
+
+ARMS = (
+    Arm("sparsek", ("prefill", "decode"), "attention+selection", _both, sparse=True),
+    Arm("sparsek-attend", ("prefill", "decode"), "attention", _attend, sparse=True),
+    Arm("sparsek-select", ("prefill", "decode", "select"), "selection", _select, sparse=True),
+    Arm(
+        "sparsek-select-by-query", ("decode",), "selection", _select_by_query, sparse=True,
+        by_name=True,
+    ),
+)  # fmt: skip

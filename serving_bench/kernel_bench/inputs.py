@@ -1,0 +1,146 @@
+"""The tensors of a case: a paged cache with shuffled blocks, its scores, queries, selections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.select import api as select_api
+from vllm_sparsek.serving_bench.kernel_bench import work
+from vllm_sparsek.serving_bench.kernel_bench.cases import Case
+
+POOLING = "lse"
+# input sets take turns: together they should be this much larger than the L2 cache
+L2_MULTIPLE = 2
+MAX_SETS = 48
+MAX_CACHE_BYTES = 32 * 2**30  # of all sets together
+
+
+def input_sets(case: Case, l2_bytes: int) -> int:
+    """How many input sets keep a call from finding its inputs in an L2 cache of that size."""
+    if case.kind == "training":
+        return 1
+    if case.kind in ("prefill", "decode"):
+        least = min(work.attention(case, budget).bytes for budget in (None, *case.budgets))
+    elif case.kind == "select":
+        least = min(work.selection(case, budget).bytes for budget in case.budgets)
+    else:
+        least = work.kv_write(case).bytes
+    width = 2 * case.head_dim * work.ITEM_BYTES[case.dtype]
+    cache = case.batch * case.context * case.kv_heads * width
+    wanted = -(-L2_MULTIPLE * l2_bytes // least)
+    return int(max(1, min(wanted, MAX_SETS, MAX_CACHE_BYTES // cache)))
+
+
+@dataclass(frozen=True)
+class Items:
+    """Queries that share a selection, of one input set, in order of request and position.
+
+    Attributes:
+        row: [items] int32, row of the block table; position, length: [items] int32, of the
+            first query and how many; start: [items] int32, index of the first query in the set.
+        per_request: items of each request.
+    """
+
+    row: torch.Tensor
+    position: torch.Tensor
+    start: torch.Tensor
+    length: torch.Tensor
+    per_request: int
+
+
+class Inputs:
+    """Inputs of one case; input set s has its own requests s * batch ... in one shared cache.
+
+    Attributes:
+        query: [sets, batch * queries, Hq, D].
+        kv_cache: [blocks, H, page, 2 * D]; scores: [blocks, H, page] float32; block 0 is nobody's.
+        table: [sets * batch, pages] int32.
+    """
+
+    def __init__(self, case: Case, device: torch.device, sets: int = 1, seed: int = 0):
+        self.case, self.device, self.sets = case, device, sets
+        generator = torch.Generator(device=device).manual_seed(seed)
+        dtype = getattr(torch, case.dtype)
+        rows, pages = sets * case.batch, -(-case.context // case.page)
+        blocks = rows * pages + 1
+
+        def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+
+        heads, width = case.kv_heads, 2 * case.head_dim
+        self.kv_cache = normal(blocks, heads, case.page, width, dtype=dtype)
+        self.scores = normal(blocks, heads, case.page)
+        order = torch.randperm(blocks - 1, device=device, generator=generator) + 1
+        self.table = order.int().view(rows, pages)
+        tokens = case.batch * case.queries
+        self.query = normal(sets, tokens, case.query_heads, case.head_dim, dtype=dtype)
+        self._units: dict[tuple[Budget, int], torch.Tensor] = {}
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale."""
+        return float(self.case.head_dim**-0.5)
+
+    def rows(self, s: int) -> slice:
+        """Rows of the block table that belong to input set ``s``."""
+        return slice(s * self.case.batch, (s + 1) * self.case.batch)
+
+    def ints(self, values: list[int]) -> torch.Tensor:
+        """An int32 tensor on the device."""
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def items(self, refresh: int, s: int) -> Items:
+        """The items of input set ``s``."""
+        case = self.case
+        positions = work.item_positions(case, refresh)
+        first = case.context - case.queries
+        ends = [*positions[1:].tolist(), case.context]
+        length = [end - begin for begin, end in zip(positions.tolist(), ends, strict=True)]
+        each, batch = len(length), case.batch
+        row = torch.arange(batch, dtype=torch.int32, device=self.device) + s * batch
+        position = self.ints(positions.tolist()).repeat(batch)
+        # a request's queries lie together
+        base = (row - s * batch).repeat_interleave(each) * case.queries
+        return Items(
+            row.repeat_interleave(each), position, base + position - first,
+            self.ints(length).repeat(batch), each,
+        )  # fmt: skip
+
+    def empty_units(self, budget: Budget, items: int) -> torch.Tensor:
+        """[items, H, K] int32 for the lists of so many items."""
+        shape = (items, self.case.kv_heads, budget.max_units(self.case.context))
+        return torch.empty(shape, dtype=torch.int32, device=self.device)
+
+    def select(self, budget: Budget, items: Items, units: torch.Tensor) -> None:
+        """Our full selection."""
+        select_api.select(
+            self.scores, self.table, items.row, items.position, budget, POOLING, False, units
+        )
+
+    def units(self, budget: Budget, s: int) -> torch.Tensor:
+        """[items, H, K]: what our selection keeps for input set ``s``; made once, then kept."""
+        if (budget, s) not in self._units:
+            items = self.items(budget.refresh, s)
+            units = self.empty_units(budget, items.row.numel())
+            self.select(budget, items, units)
+            self._units[budget, s] = units
+        return self._units[budget, s]
+
+    def forget(self) -> None:
+        """Drop the selections: the next budget needs the memory."""
+        self._units.clear()
+
+    def key_value(self, s: int) -> torch.Tensor:
+        """[batch, context, H, 2 * D]: the cache of input set ``s`` without pages, a copy."""
+        pages = self.kv_cache[self.table[self.rows(s)].long()]  # [batch, pages, H, page, 2D]
+        return pages.transpose(2, 3).flatten(1, 2)[:, : self.case.context].contiguous()
+
+    def slots(self, s: int) -> torch.Tensor:
+        """[batch * queries] int64: where the new tokens of input set ``s`` lie in the cache."""
+        case = self.case
+        at = torch.arange(case.context - case.queries, case.context, device=self.device)
+        blocks = self.table[self.rows(s)][:, at // case.page].long()  # [batch, queries]
+        return (blocks * case.page + at % case.page).flatten()
