@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything the tests can only show on a GPU, in stages that write their logs to a folder.
-# Usage: tests/gpu/run.sh OUT STAGE...   stages: kernels sanitize times engine engine-v1 llama
+# Usage: tests/gpu/run.sh OUT STAGE...   stages: kernels sanitize times engine engine-v1 fp8 llama
 set -uo pipefail
 out=$(realpath -m "$1"); shift
 mkdir -p "$out"
@@ -22,6 +22,7 @@ for s in "$@"; do
     times) stage times 300 python3 "$root"/tests/kernels/time_kernels.py ;;
     engine) stage engine-v2 590 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/engine/test_outputs.py -q -x ;;
     engine-v1) VLLM_USE_V2_MODEL_RUNNER=0 stage engine-v1 590 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/engine/test_outputs.py -q -x -k "${ENGINE_CASES:-keydiff or default}" ;;
+    fp8) stage fp8 590 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/engine/test_fp8.py -q ;;
     llama) stage llama-dense 290 python3 "$root"/tests/gpu/llama_shape.py dense "$out/llama-dense.json"
            stage llama-sparsek 290 python3 "$root"/tests/gpu/llama_shape.py sparsek "$out/llama-sparsek.json" '{"scorer": "keydiff"}' ;;
     *) echo "unknown stage $s" >&2; exit 2 ;;

@@ -32,9 +32,11 @@ def compiled(capability: int) -> dict[str, dict]:
     return {result["name"]: result for result in results}
 
 
-@pytest.mark.parametrize("capability", SHARED_LIMIT, ids=lambda c: f"sm_{c}")
-@pytest.mark.parametrize("name", [name for name, _ in compile_cases()])
-def test_kernel_compiles_and_fits_into_shared_memory(name, capability):
+CASES = [(capability, name) for capability in SHARED_LIMIT for name, _ in compile_cases(capability)]
+
+
+@pytest.mark.parametrize(("capability", "name"), CASES, ids=[f"sm_{c}-{name}" for c, name in CASES])
+def test_kernel_compiles_and_fits_into_shared_memory(capability, name):
     result = compiled(capability)[name]
     assert result["error"] is None
     assert result["cubin"] > 0
