@@ -25,6 +25,7 @@ from vllm_sparsek.attention.support import (
 )
 from vllm_sparsek.attention.workspace import decode_workspace
 from vllm_sparsek.kernels.bounds import api as bounds_api
+from vllm_sparsek.kernels.common import architecture
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api
@@ -112,6 +113,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             layer.kv_cache_torch_dtype, self.config,
         )  # fmt: skip
         if device.type == "cuda":
+            # before vLLM's own Triton kernels compile, too
+            architecture.prepare(device)
             self._workspace(self.vllm_config.cache_config.block_size, device)
 
     def budget(self, page: int) -> Budget:

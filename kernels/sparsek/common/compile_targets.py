@@ -18,7 +18,7 @@ from vllm_sparsek.kernels.common.validate import FP8_CAPABILITY
 OPERATIONS = ("score", "select", "bounds", "decode", "prefill", "prefix")
 WARP_SIZE = 32
 # shared memory one block may use, bytes, by compute capability (CUDA programming guide)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}
 
 
 def compile_cases(
