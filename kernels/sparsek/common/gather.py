@@ -105,22 +105,28 @@ def cache_rows(
 
 
 def gather_rows(
-    kv_cache: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor | None
+    kv_cache: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of cache rows.
 
     Args:
         kv_cache: [num_blocks, H, page, 2 * D]; rows: [H, m] rows of ``kv_rows(kv_cache)``.
         gates: [H, g] value weights of the first g rows, or None; the others weigh 1.
+        dtype: of the result, for caches that hold another.
 
     Returns:
         key, value: [H, m, D].
     """
     heads, width = rows.shape[0], kv_cache.shape[3]
     table, _ = kv_rows(kv_cache)
-    found = table.index_select(0, rows.flatten()).view(heads, -1, width)
+    found = table.index_select(0, rows.flatten()).view(heads, -1, width).to(dtype)
     key, value = found.split(width // 2, dim=-1)
     if gates is not None:
         weighted = value[:, : gates.shape[1]].float() * gates[..., None]
         value = torch.cat([weighted.to(value.dtype), value[:, gates.shape[1] :]], dim=1)
     return key, value
+
+
+def scale_numbers(kv_scales: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[float, float]:
+    """k_scale and v_scale of an fp8 cache as numbers; 1 of any other."""
+    return (1.0, 1.0) if kv_scales is None else (kv_scales[0].item(), kv_scales[1].item())

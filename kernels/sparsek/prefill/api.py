@@ -27,13 +27,14 @@ def prefill(
     budget: Budget,
     scale: float,
     out: torch.Tensor,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     impl: str = "auto",
 ) -> None:
     """Several queries per item, all inside one refresh block of R positions.
 
     Args:
         query: [T, Hq, D], all tokens of the batch.
-        kv_cache: [num_blocks, H, page, 2 * D] of the same dtype.
+        kv_cache: [num_blocks, H, page, 2 * D] of the same dtype or float8_e4m3fn.
         block_table: [rows, max_blocks] int32.
         item_row: [items] int32 (negative: skip).
         item_position: [items] int32, absolute position of the item's first query.
@@ -42,6 +43,8 @@ def prefill(
         units: [items, H, K] int32; gates: [items, H, K] float32 or None.
         budget, scale: the budget and the softmax scale.
         out: [T, Hq, D], written in place for the items' queries only.
+        kv_scales: k_scale and v_scale, float32 tensors of one element; a float8_e4m3fn cache
+            times them gives keys and values. Needed with such a cache only.
         impl: auto, triton, cpu or reference.
 
     Raises:
@@ -49,16 +52,17 @@ def prefill(
         RuntimeError: ``impl`` cannot run here.
     """
     check_attention(
-        query, kv_cache, block_table, item_row, item_position, units, gates, budget, out
-    )
+        query, kv_cache, block_table, item_row, item_position, units, gates, budget, out,
+        kv_scales,
+    )  # fmt: skip
     check_tensor("item_query_start", item_query_start, 1, torch.int32, query.device)
     check_tensor("item_query_len", item_query_len, 1, torch.int32, query.device)
     check_shape("item_query_start", item_query_start, tuple(item_row.shape))
     check_shape("item_query_len", item_query_len, tuple(item_row.shape))
     module = implementation("prefill", impl, query.device)
     if module.__name__.endswith("triton"):
-        require(kernel_takes(query))
+        require(kernel_takes(query, kv_cache))
     module.prefill(
         query, kv_cache, block_table, item_row, item_position, item_query_start, item_query_len,
-        units, gates, budget, scale, out,
+        units, gates, budget, scale, out, kv_scales,
     )  # fmt: skip

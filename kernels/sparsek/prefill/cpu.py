@@ -11,6 +11,7 @@ from vllm_sparsek.kernels.common.gather import (
     gather_rows,
     kept_gates,
     kept_positions,
+    scale_numbers,
     window_positions,
 )
 
@@ -28,9 +29,11 @@ def prefill(
     budget: Budget,
     scale: float,
     out: torch.Tensor,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """See ``reference.prefill``."""
     heads, head_dim = kv_cache.shape[1], query.shape[-1]
+    k_scale, v_scale = scale_numbers(kv_scales)
     for item, (row, first, start, length) in enumerate(
         zip(
             item_row.tolist(), item_position.tolist(), item_query_start.tolist(),
@@ -46,6 +49,7 @@ def prefill(
             kv_cache,
             cache_rows(kv_cache, block_table[row], position),
             None if gates is None else kept_gates(gates[item], kept.shape[1], budget),
+            query.dtype,
         )
         q = query[start : start + length].view(length, heads, -1, head_dim).permute(1, 2, 0, 3)
         mask = None
@@ -55,6 +59,8 @@ def prefill(
         group = q.shape[1]
         o = F.scaled_dot_product_attention(
             q, key[:, None].expand(-1, group, -1, -1), value[:, None].expand(-1, group, -1, -1),
-            attn_mask=mask, scale=scale,
+            attn_mask=mask, scale=scale * k_scale,
         )  # fmt: skip
+        if kv_scales is not None:
+            o = o * v_scale
         out[start : start + length] = o.permute(2, 0, 1, 3).reshape(length, -1, head_dim)

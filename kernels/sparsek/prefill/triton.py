@@ -46,13 +46,17 @@ def place_gates(o_n, sinks, kept, p_gates, UNIT: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_kv, b_offset, o_d, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Keys and values [N, D_PAD] of the tokens at ``b_offset``, 0 where that is negative."""
+def load_tile(p_kv, b_offset, o_d, dtype: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Keys and values [N, D_PAD] of the tokens at ``b_offset``, 0 where that is negative.
+
+    They are of ``dtype``, which holds every number of an fp8 cache.
+    """
     m_kv = (b_offset >= 0)[:, None]
     if D < D_PAD:
         m_kv = m_kv & (o_d < D)[None, :]
     p_k = p_kv + b_offset[:, None] + o_d[None, :]
-    return tl.load(p_k, mask=m_kv, other=0.0), tl.load(p_k + D, mask=m_kv, other=0.0)
+    b_k = tl.load(p_k, mask=m_kv, other=0.0).to(dtype)
+    return b_k, tl.load(p_k + D, mask=m_kv, other=0.0).to(dtype)
 
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units"])
@@ -66,6 +70,8 @@ def prefill_fwd_kernel(
     item_query_len_ptr,  # [items] int32
     units_ptr,  # [items, H, K] int32
     gates_ptr,  # [items, H, K] float32 (SOFT)
+    k_scale_ptr,  # one float32 (FP8)
+    v_scale_ptr,  # one float32 (FP8)
     out_ptr,  # [T, Hq, D]
     scale_log2,  # softmax scale * log2(e)
     first_unit,
@@ -90,6 +96,7 @@ def prefill_fwd_kernel(
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
     SOFT: tl.constexpr,
+    FP8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -120,6 +127,8 @@ def prefill_fwd_kernel(
     p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
     p_kv = kv_ptr + i_h.to(tl.int64) * stride_kv_head
     i_units = i_i.to(tl.int64) * stride_units_item + i_h * stride_units_head
+    if FP8:
+        scale_log2 = scale_log2 * tl.load(k_scale_ptr)
     p_units = units_ptr + i_units
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
@@ -134,7 +143,7 @@ def prefill_fwd_kernel(
     # all sinks
     plain = tl.where(position >= sinks, (sinks + kept * UNIT) // BLOCK_N * BLOCK_N, 0)
     for start in range(0, plain, BLOCK_N):
-        b_k, b_v = load_tile(p_kv, b_offset, o_d, D, D_PAD)
+        b_k, b_v = load_tile(p_kv, b_offset, o_d, b_q.dtype, D, D_PAD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
         b_s += tl.where(b_offset >= 0, 0.0, float("-inf"))[None, :]
         b_offset = place_offsets(b_pos, p_table, stride_kv_block, stride_kv_token, PAGE)
@@ -147,7 +156,7 @@ def prefill_fwd_kernel(
         b_acc = b_acc * b_alpha[:, None]
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
     for start in range(plain, total, BLOCK_N):
-        b_k, b_v = load_tile(p_kv, b_offset, o_d, D, D_PAD)
+        b_k, b_v = load_tile(p_kv, b_offset, o_d, b_q.dtype, D, D_PAD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
         # places of kept units count as position 0
         o_n = start + o_b
@@ -164,6 +173,8 @@ def prefill_fwd_kernel(
             b_p *= place_gates(start + o_b, sinks, kept, gates_ptr + i_units, UNIT)[None, :]
         b_acc = b_acc * b_alpha[:, None]
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+    if FP8:
+        b_acc = b_acc * tl.load(v_scale_ptr)
 
     p_out = out_ptr + (i_t * stride_out_token + i_q * stride_out_head)[:, None] + o_d[None, :]
     tl.store(p_out, (b_acc / b_l[:, None]).to(out_ptr.dtype.element_ty), mask=m_q)
@@ -199,6 +210,7 @@ def prefill(
     budget: Budget,
     scale: float,
     out: torch.Tensor,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """See ``reference.prefill``."""
     items = item_row.shape[0]
@@ -208,37 +220,48 @@ def prefill(
     heads, page = kv_cache.shape[1], kv_cache.shape[2]
     group = query_heads // heads
     # no item can have more queries than the batch has tokens
-    tiles = tile_sizes(head_dim, group, budget.refresh, kv_cache.element_size())
+    tiles = tile_sizes(head_dim, group, budget.refresh, query.element_size())
     rows = min(budget.refresh, query.shape[0]) * group
     prefill_fwd_kernel[(items, heads, triton.cdiv(rows, tiles["BLOCK_M"]))](
         query, kv_cache, block_table, item_row, item_position, item_query_start,
-        item_query_len, units, units if gates is None else gates, out,
+        item_query_len, units, units if gates is None else gates,
+        *(kv_scales or (units, units)), out,
         scale * math.log2(math.e), *budget_arguments(budget), units.shape[2],
         query.stride(0), query.stride(1),
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table.stride(0), units.stride(0), units.stride(1),
         out.stride(0), out.stride(1),
         G=group, D=head_dim, PAGE=page, UNIT=budget.unit, SOFT=gates is not None,
+        FP8=kv_scales is not None,
         **tiles, **options(tiles["BLOCK_M"]),
     )  # fmt: skip
 
 
 _CASES = [
-    # dtype, G, D, page, unit, R, soft
-    ("bf16", 4, 128, 16, 1, 64, False),
-    ("bf16", 4, 128, 16, 16, 128, False),
-    ("fp16", 7, 80, 32, 1, 1, True),
-    ("bf16", 3, 256, 128, 128, 64, True),
+    # dtype, of the cache, G, D, page, unit, R, soft
+    ("bf16", "bf16", 4, 128, 16, 1, 64, False),
+    ("bf16", "bf16", 4, 128, 16, 16, 128, False),
+    ("fp16", "fp16", 7, 80, 32, 1, 1, True),
+    ("bf16", "bf16", 3, 256, 128, 128, 64, True),
+    ("bf16", "fp8e4nv", 4, 128, 16, 1, 64, False),
 ]
 # (kernel, argument types, constexprs, options); see common/compile_targets.py
 COMPILE_CASES = [
     (
         prefill_fwd_kernel,
-        f"*{dtype} *{dtype} *i32 *i32 *i32 *i32 *i32 *i32 *fp32 *{dtype} fp32 "
+        f"*{dtype} *{cache} *i32 *i32 *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *{dtype} fp32 "
         "i32 i32 i32 i32 i64 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32 i32",
-        {"G": group, "D": head_dim, "PAGE": page, "UNIT": unit, "SOFT": soft, **tiles},
+        {
+            "G": group,
+            "D": head_dim,
+            "PAGE": page,
+            "UNIT": unit,
+            "SOFT": soft,
+            "FP8": cache == "fp8e4nv",
+            **tiles,
+        },
         options(tiles["BLOCK_M"]),
     )
-    for dtype, group, head_dim, page, unit, refresh, soft in _CASES
+    for dtype, cache, group, head_dim, page, unit, refresh, soft in _CASES
     for tiles in [tile_sizes(head_dim, group, refresh, 2)]
 ]
