@@ -66,18 +66,16 @@ def load_unit_scores(
 
 
 @triton.jit
-def candidate_units(o_c, p_list, listed, fresh, end, LISTED: tl.constexpr):
-    """Units [BLOCK] of candidates ``o_c``, ascending, and which of them exist [BLOCK].
+def streamed_units(o_s, p_list, listed, fresh, end, LISTED: tl.constexpr):
+    """Units [BLOCK] at places ``o_s`` of a stream, ascending, and which of them exist [BLOCK].
 
-    The candidates are ``listed`` units of a list, which may have holes (-1), and after them the
-    units from ``fresh`` to ``end``.
+    The stream is ``listed`` units of a list, which may have holes (-1), and after them the units
+    from ``fresh`` to ``end``.
     """
-    o_u = fresh + o_c - listed
-    m_u = o_u < end
+    o_u = fresh + o_s - listed
     if LISTED:
-        o_u = tl.where(o_c < listed, tl.load(p_list + o_c, mask=o_c < listed, other=0), o_u)
-        m_u = (o_u >= 0) & (o_u < end)
-    return o_u, m_u
+        o_u = tl.where(o_s < listed, tl.load(p_list + o_s, mask=o_s < listed, other=0), o_u)
+    return o_u, (o_u >= 0) & (o_u < end)
 
 
 @triton.jit
@@ -211,7 +209,101 @@ def take(
 
 
 @triton.jit
-def keep_best(
+def write_whole(low, keep, p_units, p_gates, SOFT: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the units from ``low`` on: all that there are."""
+    for start in range(0, keep, BLOCK):
+        o_slot = start + tl.arange(0, BLOCK)
+        tl.store(p_units + o_slot, low + o_slot, mask=o_slot < keep)
+        if SOFT:
+            tl.store(p_gates + o_slot, tl.full([BLOCK], 1.0, tl.float32), mask=o_slot < keep)
+
+
+@triton.jit
+def write_padding(written, max_units, p_units, p_gates, SOFT: tl.constexpr, BLOCK: tl.constexpr):
+    """Fill the outputs from ``written`` on."""
+    for start in range(written, max_units, BLOCK):
+        o_slot = start + tl.arange(0, BLOCK)
+        tl.store(p_units + o_slot, tl.full([BLOCK], -1, tl.int32), mask=o_slot < max_units)
+        if SOFT:
+            tl.store(p_gates + o_slot, tl.zeros([BLOCK], tl.float32), mask=o_slot < max_units)
+
+
+@triton.jit
+def best_of_tile(b_key, keep):
+    """What separates the ``keep`` highest keys [BLOCK] uint32: a threshold, and the ties to keep.
+
+    Keys above the threshold are kept, and so many of those equal to it. Found bit by bit: with all
+    keys in registers a count costs little, and it ends where a count is exact.
+    """
+    threshold = tl.full([], 0, tl.uint32)
+    bit = tl.full([], 0x80000000, tl.uint32)
+    reached = keep - 1
+    while (bit > 0) & (reached != keep):
+        reached = tl.sum((b_key >= (threshold | bit)).to(tl.int32), 0)
+        threshold = tl.where(reached >= keep, threshold | bit, threshold)
+        bit = bit >> 1
+    # an exact count keeps the keys that equal the threshold, all of them
+    above = tl.sum((b_key > threshold).to(tl.int32), 0)
+    return threshold, keep - above
+
+
+@triton.jit
+def fold_best(
+    keep,
+    low,
+    held,  # units of the running best that are in p_units already
+    p_list,
+    listed,
+    fresh,
+    end,
+    p_scores,  # one head of the score cache
+    p_table,
+    stride_block,
+    p_units,  # [K] int32, written
+    max_units,  # K
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    POOLING: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The best ``keep`` units of ``low``..``end``, ascending, padded with -1.
+
+    They are the best of the ``held`` units and of a stream of later ones (see
+    ``streamed_units``), found in rounds: of the running best and as much of the stream as fills a
+    tile, the best are kept. ``keep`` must leave room in the tile.
+    """
+    o_b = tl.arange(0, BLOCK)
+    length = listed + end - fresh
+    taken = keep * 0
+    if keep == end - low:
+        write_whole(low, keep, p_units, p_units, False, BLOCK)
+        held = keep
+        taken = length
+    while taken < length:
+        o_s = taken + o_b - held
+        o_u, m_u = streamed_units(o_s, p_list, listed, fresh, end, LISTED)
+        m_held = o_b < held
+        o_u = tl.where(m_held, tl.load(p_units + o_b, mask=m_held, other=0), o_u)
+        m_u = m_u | m_held
+        b_z = load_unit_scores(
+            o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
+        )
+        # no score has the key 0
+        b_key = tl.where(m_u, ordered_key(b_z), 0)
+        wanted = tl.minimum(keep, tl.sum(m_u.to(tl.int32), 0))
+        threshold, ties = best_of_tile(b_key, wanted)
+        # in place: no unit moves up, and cumsum is a barrier between all reads and any write
+        take(o_u, m_u, b_z, b_key, threshold, ties, 0, 0, wanted, 0.0, 0.0, p_units, p_units, False)
+        taken += BLOCK - held
+        held = wanted
+        # what one thread wrote, another reads in the next round
+        tl.debug_barrier()
+    write_padding(held, max_units, p_units, p_units, False, BLOCK)
+
+
+@triton.jit
+def radix_best(
     keep,
     low,
     p_list,
@@ -231,13 +323,12 @@ def keep_best(
     LISTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The best ``keep`` units of ``low``..``end``, ascending, padded with -1.
+    """As ``fold_best`` for any ``keep``, from a stream alone, which may be ``p_units``.
 
-    They are looked for among the candidates (see ``candidate_units``), ``p_list`` may be
-    ``p_units``. Radix select, then a compaction in order; few candidates are read once.
+    Counts by radix, a byte a pass over the stream, and then compacts it in order.
     """
     o_b = tl.arange(0, BLOCK)
-    candidates = listed + end - fresh
+    length = listed + end - fresh
     # after every pass ``threshold`` holds one more byte of the keep-th largest key
     threshold = tl.full([], 0, tl.uint32)
     known = tl.full([], 0, tl.uint32)
@@ -247,36 +338,13 @@ def keep_best(
     equal_seen = keep * 0
     b_tau = tl.full([], 0.0, tl.float32)
     if keep == end - low:
-        for start in range(0, keep, BLOCK):
-            o_slot = start + o_b
-            tl.store(p_units + o_slot, low + o_slot, mask=o_slot < keep)
-            if SOFT:
-                tl.store(p_gates + o_slot, tl.full([BLOCK], 1.0, tl.float32), mask=o_slot < keep)
+        write_whole(low, keep, p_units, p_gates, SOFT, BLOCK)
         written = keep
-    elif candidates <= BLOCK:
-        o_u, m_u = candidate_units(o_b, p_list, listed, fresh, end, LISTED)
-        b_z = load_unit_scores(
-            o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
-        )
-        b_key = ordered_key(b_z)
-        for _ in range(4):
-            b_digit = ((b_key >> shift) & 0xFF).to(tl.int32)
-            b_count = tl.histogram(b_digit, 256, mask=m_u & ((b_key & known) == threshold))
-            need, threshold, known, shift = narrow(b_count, need, threshold, known, shift)
-        b_top = key_value(threshold)
-        if SOFT:
-            b_tau = soft_threshold(
-                b_top, keep, low, end, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
-            )
-        written, equal_seen = take(
-            o_u, m_u, b_z, b_key, threshold, need, written, equal_seen, keep, b_top, b_tau,
-            p_units, p_gates, SOFT,
-        )  # fmt: skip
     else:
         for _ in range(4):
             b_count = tl.zeros([256], tl.int32)
-            for start in range(0, candidates, BLOCK):
-                o_u, m_u = candidate_units(start + o_b, p_list, listed, fresh, end, LISTED)
+            for start in range(0, length, BLOCK):
+                o_u, m_u = streamed_units(start + o_b, p_list, listed, fresh, end, LISTED)
                 b_z = load_unit_scores(
                     o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
                 )
@@ -289,9 +357,9 @@ def keep_best(
             b_tau = soft_threshold(
                 b_top, keep, low, end, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
             )
-        # in place if p_list is p_units: no candidate moves up, and cumsum is a barrier
-        for start in range(0, candidates, BLOCK):
-            o_u, m_u = candidate_units(start + o_b, p_list, listed, fresh, end, LISTED)
+        # in place if p_list is p_units: no unit moves up, and cumsum is a barrier
+        for start in range(0, length, BLOCK):
+            o_u, m_u = streamed_units(start + o_b, p_list, listed, fresh, end, LISTED)
             b_z = load_unit_scores(
                 o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
             )
@@ -299,8 +367,4 @@ def keep_best(
                 o_u, m_u, b_z, ordered_key(b_z), threshold, need, written, equal_seen, keep, b_top,
                 b_tau, p_units, p_gates, SOFT,
             )  # fmt: skip
-    for start in range(tl.minimum(written, keep), max_units, BLOCK):
-        o_slot = start + o_b
-        tl.store(p_units + o_slot, tl.full([BLOCK], -1, tl.int32), mask=o_slot < max_units)
-        if SOFT:
-            tl.store(p_gates + o_slot, tl.zeros([BLOCK], tl.float32), mask=o_slot < max_units)
+    write_padding(tl.minimum(written, keep), max_units, p_units, p_gates, SOFT, BLOCK)

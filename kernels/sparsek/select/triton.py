@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,11 +16,11 @@ from vllm_sparsek.kernels.common.device import (
     units_kept,
 )
 from vllm_sparsek.kernels.select.chunk import ChunkBases
-from vllm_sparsek.kernels.select.device import keep_best
+from vllm_sparsek.kernels.select.device import fold_best, radix_best
 from vllm_sparsek.kernels.select.memo import SelectionMemo
 
-TOKEN_BLOCK = 4096  # token scores per step
-TOKEN_WARPS = 8
+TOKEN_BLOCK = 4096  # token scores per step, at least
+MAX_FOLD = 8192  # units kept that leave room for as many more in a tile
 # pages per step; at least one per thread, since every page score lives in one thread
 PAGE_BLOCK = 128
 PAGE_WARPS = 4
@@ -57,6 +59,7 @@ def select_fwd_kernel(
     SOFT: tl.constexpr,
     MEMO: tl.constexpr,
     BASE: tl.constexpr,
+    FOLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Kept units, ascending, of one (item, KV head).
@@ -85,6 +88,7 @@ def select_fwd_kernel(
         p_scores += i_i.to(tl.int64) * stride_score_block
 
     p_list = p_units
+    held = keep * 0
     listed = keep * 0
     fresh = keep * 0 + first_unit
     if MEMO:
@@ -115,8 +119,11 @@ def select_fwd_kernel(
         # a unit that was not among the best will not be: only what left the window is new, unless
         # the list grows. Gates depend on units that are not in the list
         if same_request & (keep <= kept_units) & (not SOFT):
-            listed = kept_units
             fresh = kept_end
+            if FOLD:
+                held = kept_units
+            else:
+                listed = kept_units
     if BASE:
         i_base = tl.load(item_base_ptr + i_i)
         p_list = base_ptr + (i_base.to(tl.int64) * tl.num_programs(1) + i_h) * max_units
@@ -124,10 +131,16 @@ def select_fwd_kernel(
         base_keep = units_kept(tl.load(base_bounds_ptr + i_base * 3 + 2), k, share_bits, UNIT)
         listed = tl.minimum(tl.minimum(base_keep, max_units), base_end - first_unit)
         fresh = base_end
-    keep_best(
-        keep, first_unit, p_list, listed, fresh, end, p_scores, p_table, stride_score_block,
-        p_units, p_gates, max_units, PAGE, UNIT, POOLING, SOFT, MEMO or BASE, BLOCK,
-    )  # fmt: skip
+    if FOLD:
+        fold_best(
+            keep, first_unit, held, p_list, listed, fresh, end, p_scores, p_table,
+            stride_score_block, p_units, max_units, PAGE, UNIT, POOLING, BASE, BLOCK,
+        )  # fmt: skip
+    else:
+        radix_best(
+            keep, first_unit, p_list, listed, fresh, end, p_scores, p_table, stride_score_block,
+            p_units, p_gates, max_units, PAGE, UNIT, POOLING, SOFT, MEMO or BASE, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "segment", "segments"])
@@ -151,6 +164,7 @@ def base_fwd_kernel(
     UNIT: tl.constexpr,
     POOLING: tl.constexpr,
     UNION: tl.constexpr,
+    FOLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What a base keeps of one segment of its units, or (UNION) of all segments' lists."""
@@ -170,13 +184,19 @@ def base_fwd_kernel(
         end = tl.maximum(low, tl.minimum(end, low + segment))
         fresh = low
     keep = tl.minimum(tl.minimum(keep, max_units), end - low)
-    keep_best(
-        keep, low, p_list, listed, fresh, end,
-        scores_ptr + i_h.to(tl.int64) * stride_score_head,
-        block_table_ptr + row.to(tl.int64) * stride_table_row, stride_score_block,
-        units_ptr + (i_base * tl.num_programs(2) + i_s) * max_units, units_ptr, max_units,
-        PAGE, UNIT, POOLING, False, UNION, BLOCK,
-    )  # fmt: skip
+    p_scores = scores_ptr + i_h.to(tl.int64) * stride_score_head
+    p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
+    p_units = units_ptr + (i_base * tl.num_programs(2) + i_s) * max_units
+    if FOLD:
+        fold_best(
+            keep, low, 0, p_list, listed, fresh, end, p_scores, p_table, stride_score_block,
+            p_units, max_units, PAGE, UNIT, POOLING, UNION, BLOCK,
+        )  # fmt: skip
+    else:
+        radix_best(
+            keep, low, p_list, listed, fresh, end, p_scores, p_table, stride_score_block,
+            p_units, p_units, max_units, PAGE, UNIT, POOLING, False, UNION, BLOCK,
+        )  # fmt: skip
 
 
 def supported(unit: int, page: int) -> tuple[bool, str]:
@@ -186,11 +206,14 @@ def supported(unit: int, page: int) -> tuple[bool, str]:
     return False, f"budget.unit is {unit}: the Triton kernel selects tokens (1) or pages ({page})"
 
 
-def _tile(unit: int, pooling: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Constexprs and options of the kernels for such units."""
-    if unit == 1 or pooling == "none":
-        return {"BLOCK": TOKEN_BLOCK}, {"num_warps": TOKEN_WARPS}
-    return {"BLOCK": PAGE_BLOCK}, {"num_warps": PAGE_WARPS}
+def _tile(unit: int, pooling: str, soft: bool, width: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constexprs and options of the kernels that keep up to ``width`` units."""
+    if unit > 1 and pooling != "none":
+        return {"FOLD": False, "BLOCK": PAGE_BLOCK}, {"num_warps": PAGE_WARPS}
+    if soft or width > MAX_FOLD:
+        return {"FOLD": False, "BLOCK": TOKEN_BLOCK}, {"num_warps": TOKEN_BLOCK // 512}
+    block = max(TOKEN_BLOCK, triton.next_power_of_2(2 * width))
+    return {"FOLD": True, "BLOCK": block}, {"num_warps": block // 512}
 
 
 def select(
@@ -210,7 +233,7 @@ def select(
     items, heads, width = units_out.shape
     if items == 0:
         return
-    tile, options = _tile(budget.unit, pooling)
+    tile, options = _tile(budget.unit, pooling, soft, width)
     base, base_bounds, item_base = units_out, item_row, item_row
     if bases is not None:
         base = _base_lists(scores, block_table, bases, budget, pooling, width)
@@ -237,7 +260,7 @@ def _base_lists(
     width: int,
 ) -> torch.Tensor:
     """[bases, H, width] int32: the best units of every base, found segment by segment."""
-    tile, options = _tile(budget.unit, pooling)
+    tile, options = _tile(budget.unit, pooling, False, width)
     segment = SEGMENT_TOKENS if budget.unit == 1 else SEGMENT_PAGES
     competing = budget.end_unit(bases.longest) - budget.first_unit()
     segments = max(1, -(-competing // segment))
@@ -276,7 +299,7 @@ def select_scored(
         units_out: [items, H, K] int32, every element is written.
     """
     items, heads, width = units_out.shape
-    tile, options = _tile(budget.unit, "none")
+    tile, options = _tile(budget.unit, "none", False, width)
     select_fwd_kernel[(items, heads)](
         unit_scores, item_row, item_row, item_position, units_out, units_out, units_out, item_row,
         units_out, item_row, item_row, *budget_arguments(budget), width,
@@ -300,32 +323,36 @@ COMPILE_CASES = [
             select_fwd_kernel,
             _TYPES,
             {"PAGE": page, "UNIT": unit, "POOLING": pooling, "SOFT": soft, "MEMO": start == "memo",
-             "BASE": start == "base", **_tile(unit, pooling)[0]},
-            _tile(unit, pooling)[1],
+             "BASE": start == "base", **tile},
+            options,
         )
-        for page, unit, pooling, soft, start in [
-            (16, 1, "lse", False, "memo"),
-            (16, 1, "lse", True, "memo"),
-            (16, 1, "lse", False, "base"),
-            (16, 16, "lse", False, "memo"),
-            (16, 16, "lse", False, "base"),
-            (128, 128, "lse", True, ""),
-            (32, 32, "mean", False, ""),
-            (32, 32, "max", False, ""),
-            (16, 16, "max", True, "memo"),
-            (64, 64, "lse", False, ""),
-            (48, 48, "lse", True, ""),
-            (16, 16, "none", False, ""),
+        for page, unit, pooling, soft, start, width in [
+            (16, 1, "lse", False, "memo", 2048),
+            (16, 1, "lse", False, "memo", 8192),
+            (16, 1, "lse", False, "memo", 32768),
+            (16, 1, "lse", True, "memo", 2048),
+            (16, 1, "lse", False, "base", 2048),
+            (16, 16, "lse", False, "memo", 128),
+            (16, 16, "lse", False, "base", 128),
+            (128, 128, "lse", True, "", 16),
+            (32, 32, "mean", False, "", 64),
+            (32, 32, "max", False, "", 64),
+            (16, 16, "max", True, "memo", 128),
+            (64, 64, "lse", False, "", 32),
+            (48, 48, "lse", True, "", 32),
+            (16, 16, "none", False, "", 128),
         ]
+        for tile, options in [_tile(unit, pooling, soft, width)]
     ),
     *(
         (
             base_fwd_kernel,
             "*fp32 *i32 *i32 *i32 *i32 i32 i32 i32 i64 i32 i32 i32 i64 i32 i32",
-            {"PAGE": 16, "UNIT": unit, "POOLING": "lse", "UNION": union, **_tile(unit, "lse")[0]},
-            _tile(unit, "lse")[1],
+            {"PAGE": 16, "UNIT": unit, "POOLING": "lse", "UNION": union, **tile},
+            options,
         )
         for unit in (1, 16)
         for union in (False, True)
+        for tile, options in [_tile(unit, "lse", False, 2048 // unit)]
     ),
 ]  # fmt: skip
