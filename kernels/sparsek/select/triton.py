@@ -175,8 +175,8 @@ def base_fwd_kernel(
     keep = units_kept(tl.load(base_bounds_ptr + i_b * 3 + 2), k, share_bits, UNIT)
     low = first_unit + i_s * segment
     p_list = list_ptr + i_base * segments * max_units
+    held = keep * 0
     listed = keep * 0
-    fresh = low
     if UNION:
         listed += segments * max_units
         fresh = end
@@ -189,7 +189,7 @@ def base_fwd_kernel(
     p_units = units_ptr + (i_base * tl.num_programs(2) + i_s) * max_units
     if FOLD:
         fold_best(
-            keep, low, 0, p_list, listed, fresh, end, p_scores, p_table, stride_score_block,
+            keep, low, held, p_list, listed, fresh, end, p_scores, p_table, stride_score_block,
             p_units, max_units, PAGE, UNIT, POOLING, UNION, BLOCK,
         )  # fmt: skip
     else:
