@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
@@ -23,7 +25,7 @@ def kernel_takes(query: torch.Tensor) -> tuple[bool, str]:
 
 def check_attention(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
+    caches: Mapping[str, torch.Tensor],
     block_table: torch.Tensor,
     item_row: torch.Tensor,
     item_position: torch.Tensor,
@@ -34,27 +36,38 @@ def check_attention(
 ) -> None:
     """Refuse arguments that no implementation takes; attribute comparisons only, no sync.
 
+    Args:
+        query: [..., Hq, D]; caches: by name [num_blocks, H, page, 2 * D], keys then values, or
+            two of [num_blocks, H, page, D]; the others: see decode and prefill.
+
     Raises:
         ValueError, TypeError: the message names the argument.
     """
     device = query.device
-    check_tensor("query", query, 3, FLOATS, device)
-    check_tensor("kv_cache", kv_cache, 4, query.dtype, device)
+    check_tensor("query", query, query.dim(), FLOATS, device)
+    query_heads, head_dim = query.shape[-2:]
+    width = 2 * head_dim if len(caches) == 1 else head_dim
+    for name, cache in caches.items():
+        check_tensor(name, cache, 4, query.dtype, device)
+        if cache.shape[3] != width:
+            raise ValueError(
+                f"{name} must end in {width} numbers for queries of head_dim {head_dim}, "
+                f"got shape {tuple(cache.shape)}"
+            )
     check_tensor("block_table", block_table, 2, torch.int32, device)
     check_tensor("item_row", item_row, 1, torch.int32, device)
     check_tensor("item_position", item_position, 1, torch.int32, device)
     check_tensor("units", units, 3, torch.int32, device)
-    check_tensor("out", out, 3, query.dtype, device)
-    _, heads, page, width = kv_cache.shape
-    query_heads, head_dim = query.shape[1:]
-    if width != 2 * head_dim:
-        raise ValueError(f"kv_cache must end in 2 * D = {2 * head_dim} numbers, got {width}")
-    if kv_cache.stride(2) < width:
-        raise ValueError(f"kv_cache tokens overlap: strides {kv_cache.stride()}")
+    check_tensor("out", out, query.dim(), query.dtype, device)
+    (name, first), *others = caches.items()
+    _, heads, page, _ = first.shape
+    for other, cache in others:
+        check_shape(other, cache, tuple(first.shape))
     if query_heads % heads:
         raise ValueError(f"query has {query_heads} heads, not a multiple of the {heads} KV heads")
-    if budget.unit > 1 and budget.unit % page and page % budget.unit:
-        raise ValueError(f"budget.unit {budget.unit} and the page of kv_cache {page} do not nest")
+    # a row that is one block has no page borders
+    if block_table.shape[1] > 1 and budget.unit % page and page % budget.unit:
+        raise ValueError(f"budget.unit {budget.unit} and the page of {name} {page} do not nest")
     items = item_row.shape[0]
     check_shape("item_position", item_position, (items,))
     check_shape("units", units, (items, heads, units.shape[2]))

@@ -16,7 +16,8 @@ from vllm_sparsek.kernels.common.validate import check_attention, kernel_takes
 
 def prefill(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
     block_table: torch.Tensor,
     item_row: torch.Tensor,
     item_position: torch.Tensor,
@@ -32,25 +33,36 @@ def prefill(
     """Several queries per item, all inside one refresh block of R positions.
 
     Args:
-        query: [T, Hq, D], all tokens of the batch.
-        kv_cache: [num_blocks, H, page, 2 * D] of the same dtype.
-        block_table: [rows, max_blocks] int32.
+        query: [T, Hq, D], all tokens of the batch; or [rows, T, Hq, D]: every row of the block
+            table has tokens of its own.
+        key_cache, value_cache: [num_blocks, H, page, D] of the same dtype, any strides: two
+            tensors, or the halves of vLLM's packed cache.
+        block_table: [rows, max_blocks] int32. With one column a row is one block.
         item_row: [items] int32 (negative: skip).
         item_position: [items] int32, absolute position of the item's first query.
-        item_query_start: [items] int32, index of the item's first query in ``query``.
+        item_query_start: [items] int32, token index of the item's first query in ``query``.
         item_query_len: [items] int32, queries of the item, 1..R.
         units: [items, H, K] int32; gates: [items, H, K] float32 or None.
         budget, scale: the budget and the softmax scale.
-        out: [T, Hq, D], written in place for the items' queries only.
+        out: of query's shape, written in place for the items' queries only.
         impl: auto, triton, cpu or reference.
 
     Raises:
         ValueError, TypeError: an argument, named in the message, does not fit.
         RuntimeError: ``impl`` cannot run here.
     """
+    if query.dim() not in (3, 4):
+        raise ValueError(f"query must have 3 or 4 dimensions, got shape {tuple(query.shape)}")
     check_attention(
-        query, kv_cache, block_table, item_row, item_position, units, gates, budget, out
-    )
+        query, {"key_cache": key_cache, "value_cache": value_cache}, block_table, item_row,
+        item_position, units, gates, budget, out,
+    )  # fmt: skip
+    rows = block_table.shape[0]
+    if query.dim() == 4:
+        check_shape("query", query, (rows, *query.shape[1:]))
+    else:
+        # all rows share the tokens of the batch
+        query, out = query.expand(rows, -1, -1, -1), out.expand(rows, -1, -1, -1)
     check_tensor("item_query_start", item_query_start, 1, torch.int32, query.device)
     check_tensor("item_query_len", item_query_len, 1, torch.int32, query.device)
     check_shape("item_query_start", item_query_start, tuple(item_row.shape))
@@ -59,6 +71,6 @@ def prefill(
     if module.__name__.endswith("triton"):
         require(kernel_takes(query))
     module.prefill(
-        query, kv_cache, block_table, item_row, item_position, item_query_start, item_query_len,
-        units, gates, budget, scale, out,
+        query, key_cache, value_cache, block_table, item_row, item_position, item_query_start,
+        item_query_len, units, gates, budget, scale, out,
     )  # fmt: skip

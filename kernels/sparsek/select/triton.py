@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,7 @@ from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,
     budget_arguments,
     end_unit,
+    page_argument,
     units_kept,
 )
 from vllm_sparsek.kernels.select.chunk import ChunkBases
@@ -95,8 +98,11 @@ def select_fwd_kernel(
         kept_units = tl.minimum(units_kept(b_stamp, k, share_bits, UNIT), max_units)
         kept_units = tl.minimum(kept_units, kept_end - first_unit)
         first_block = tl.load(p_table)
-        last_block = tl.load(p_table + tl.maximum(end * UNIT - 1, 0) // PAGE)
-        kept_last_block = tl.load(p_table + tl.maximum(kept_end * UNIT - 1, 0) // PAGE)
+        last_block = first_block
+        kept_last_block = first_block
+        if PAGE != 0:
+            last_block = tl.load(p_table + tl.maximum(end * UNIT - 1, 0) // PAGE)
+            kept_last_block = tl.load(p_table + tl.maximum(kept_end * UNIT - 1, 0) // PAGE)
         same_request = (
             (b_stamp >= 0)
             & (b_stamp <= start_position)
@@ -179,9 +185,9 @@ def base_fwd_kernel(
     )  # fmt: skip
 
 
-def supported(unit: int, page: int) -> tuple[bool, str]:
+def supported(unit: int, page: int, columns: int) -> tuple[bool, str]:
     """Whether the kernel selects units of ``unit`` tokens from pages of ``page``, and why not."""
-    if unit in (1, page):
+    if unit in (1, page) or page_argument(page, columns) == 0:
         return True, ""
     return False, f"budget.unit is {unit}: the Triton kernel selects tokens (1) or pages ({page})"
 
@@ -222,8 +228,8 @@ def select(
         base, base_bounds, item_base, *budget_arguments(budget), width,
         scores.stride(0), scores.stride(1), block_table.stride(0),
         units_out.stride(0), units_out.stride(1),
-        PAGE=scores.shape[2], UNIT=budget.unit, POOLING=pooling, SOFT=soft,
-        MEMO=memo is not None, BASE=bases is not None,
+        PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
+        POOLING=pooling, SOFT=soft, MEMO=memo is not None, BASE=bases is not None,
         **tile, **options,
     )  # fmt: skip
 
@@ -251,8 +257,8 @@ def _base_lists(
             scores, block_table, bases.bounds, lists, units,
             first_unit, window, k, share_bits, width, segment, segments,
             scores.stride(0), scores.stride(1), block_table.stride(0),
-            PAGE=scores.shape[2], UNIT=budget.unit, POOLING=pooling, UNION=union,
-            **tile, **options,
+            PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
+            POOLING=pooling, UNION=union, **tile, **options,
         )  # fmt: skip
         return units
 
@@ -293,17 +299,25 @@ _TYPES = (
 )
 
 
-# (kernel, argument types, constexprs, options); see common/compile_targets.py
+def compile_case(
+    page: int, unit: int, pooling: str, soft: bool, start: str
+) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
+    """One variant of ``select_fwd_kernel``, as ``common/compile_targets.py`` takes it.
+
+    ``start``: memo, base, or neither.
+    """
+    tile, options = _tile(unit, pooling)
+    constexprs = {
+        "PAGE": page, "UNIT": unit, "POOLING": pooling, "SOFT": soft, "MEMO": start == "memo",
+        "BASE": start == "base", **tile,
+    }  # fmt: skip
+    return select_fwd_kernel, _TYPES, constexprs, options
+
+
 COMPILE_CASES = [
     *(
-        (
-            select_fwd_kernel,
-            _TYPES,
-            {"PAGE": page, "UNIT": unit, "POOLING": pooling, "SOFT": soft, "MEMO": start == "memo",
-             "BASE": start == "base", **_tile(unit, pooling)[0]},
-            _tile(unit, pooling)[1],
-        )
-        for page, unit, pooling, soft, start in [
+        compile_case(*case)
+        for case in [
             (16, 1, "lse", False, "memo"),
             (16, 1, "lse", True, "memo"),
             (16, 1, "lse", False, "base"),
@@ -316,16 +330,19 @@ COMPILE_CASES = [
             (64, 64, "lse", False, ""),
             (48, 48, "lse", True, ""),
             (16, 16, "none", False, ""),
+            (0, 1, "lse", False, ""),
+            (0, 1, "lse", False, "base"),
+            (0, 16, "lse", False, "memo"),
         ]
     ),
     *(
         (
             base_fwd_kernel,
             "*fp32 *i32 *i32 *i32 *i32 i32 i32 i32 i64 i32 i32 i32 i64 i32 i32",
-            {"PAGE": 16, "UNIT": unit, "POOLING": "lse", "UNION": union, **_tile(unit, "lse")[0]},
+            {"PAGE": page, "UNIT": unit, "POOLING": "lse", "UNION": union, **_tile(unit, "lse")[0]},
             _tile(unit, "lse")[1],
         )
-        for unit in (1, 16)
+        for page, unit in ((16, 1), (16, 16), (0, 1))
         for union in (False, True)
     ),
-]  # fmt: skip
+]
