@@ -13,7 +13,7 @@ from interpreter import BF16
 
 import vllm_sparsek
 from vllm_sparsek.config import SparseKConfig, SparseKConfigError
-from vllm_sparsek.dense import PAGE, attention_forward
+from vllm_sparsek.dense import PAGE, _items, attention_forward
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.projection import sparsek_gates
 from vllm_sparsek.kernels.score import reference as score_reference
@@ -206,6 +206,22 @@ def test_lengths_share_a_compilation_and_no_tensor_is_copied(device, monkeypatch
     for recorder in (prefill, select):
         (_, first), (_, second) = recorder.calls
         assert first == second
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 203), (2, 301, 301), (1, 1, 64), (4, 130, 131)])
+def test_items_made_on_the_device_are_those_made_on_the_host(shape, device):
+    from vllm_sparsek.kernels.prefill.triton import ITEMS_BLOCK, items_fwd_kernel
+
+    batch, queries, keys = shape
+    for refresh in (1, 64):
+        expected = _items(batch, queries, keys, refresh, torch.device("cpu"))[:4]
+        items = expected[0].numel()
+        found = torch.full((4, items + 1), -7, dtype=torch.int32, device=device)
+        items_fwd_kernel[(-(-items // ITEMS_BLOCK),)](
+            *found, queries, keys, refresh, items // batch, items, BLOCK=ITEMS_BLOCK
+        )
+        assert torch.equal(found[:, :items].cpu(), torch.stack(expected))
+        assert (found[:, items] == -7).all()
 
 
 @pytest.mark.parametrize("name", ["knorm", "keydiff", "recency", "random"])

@@ -22,6 +22,7 @@ from vllm_sparsek.kernels.common.device import (
 )
 
 MAX_BLOCK_M = 128
+ITEMS_BLOCK = 256  # items per program of ``items_fwd_kernel``
 
 
 @triton.jit
@@ -198,6 +199,32 @@ def prefill_fwd_kernel(
     tl.store(p_out, (b_acc / b_l[:, None]).to(out_ptr.dtype.element_ty), mask=m_q)
 
 
+@triton.jit(do_not_specialize=["queries", "keys", "refresh", "blocks", "items"])
+def items_fwd_kernel(
+    item_row_ptr,  # [items] int32, as the next three
+    item_position_ptr,
+    item_query_start_ptr,
+    item_query_len_ptr,
+    queries,  # of every row, the last of
+    keys,
+    refresh,
+    blocks,  # refresh blocks that the queries of a row touch
+    items,  # rows * blocks
+    BLOCK: tl.constexpr,
+):
+    """The items of rows of equal length, for callers that have none on the host."""
+    o_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_i = o_i < items
+    first = keys - queries
+    b_block = first // refresh + o_i % blocks
+    b_position = tl.maximum(b_block * refresh, first)
+    tl.store(item_row_ptr + o_i, o_i // blocks, mask=m_i)
+    tl.store(item_position_ptr + o_i, b_position, mask=m_i)
+    tl.store(item_query_start_ptr + o_i, b_position - first, mask=m_i)
+    b_end = tl.minimum((b_block + 1) * refresh, keys)
+    tl.store(item_query_len_ptr + o_i, b_end - b_position, mask=m_i)
+
+
 def tile_sizes(head_dim: int, group: int, refresh: int, itemsize: int) -> dict[str, int]:
     """Tile choices from shapes alone: a query's result must not depend on the batch."""
     d_pad = triton.next_power_of_2(head_dim)
@@ -277,15 +304,22 @@ def compile_case(
     return prefill_fwd_kernel, _TYPES.format(dtype), constexprs, options(tiles["BLOCK_M"])
 
 
+ITEMS_CASE: tuple[Any, str, dict[str, Any], dict[str, int]] = (
+    items_fwd_kernel, "*i32 *i32 *i32 *i32 i32 i32 i32 i32 i32", {"BLOCK": ITEMS_BLOCK},
+    {"num_warps": 4},
+)  # fmt: skip
 COMPILE_CASES = [
-    compile_case(*case)
-    for case in [
-        # dtype, G, D, page, unit, R, soft
-        ("bf16", 4, 128, 16, 1, 64, False),
-        ("bf16", 4, 128, 16, 16, 128, False),
-        ("fp16", 7, 80, 32, 1, 1, True),
-        ("bf16", 3, 256, 128, 128, 64, True),
-        ("fp16", 1, 128, 0, 1, 128, False),
-        ("fp16", 1, 128, 0, 16, 64, False, False),
-    ]
+    ITEMS_CASE,
+    *(
+        compile_case(*case)
+        for case in [
+            # dtype, G, D, page, unit, R, soft
+            ("bf16", 4, 128, 16, 1, 64, False),
+            ("bf16", 4, 128, 16, 16, 128, False),
+            ("fp16", 7, 80, 32, 1, 1, True),
+            ("bf16", 3, 256, 128, 128, 64, True),
+            ("fp16", 1, 128, 0, 1, 128, False),
+            ("fp16", 1, 128, 0, 16, 64, False, False),
+        ]
+    ),
 ]
