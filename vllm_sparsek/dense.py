@@ -75,7 +75,7 @@ def attention_forward(
         RuntimeError: a gradient would be needed, or ``impl`` cannot run here.
     """
     _check(q, k, v, scores, causal)
-    settings = _settings(config, scored=scores is not None)
+    settings = resolve_settings(config, scored=scores is not None)
     batch, heads, keys, head_dim = k.shape
     queries = q.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
@@ -153,8 +153,17 @@ def _check(
         check_shape("scores", scores, (batch, heads, keys))
 
 
-def _settings(config: SparseKConfig | Mapping[str, Any] | None, scored: bool) -> SparseKConfig:
-    """The settings with a scorer that needs neither a file nor the queries."""
+def resolve_settings(
+    config: SparseKConfig | Mapping[str, Any] | None, scored: bool
+) -> SparseKConfig:
+    """The settings of ``attention_forward``, with a scorer that needs neither file nor queries.
+
+    Args:
+        config: see ``attention_forward``; scored: whether scores are given.
+
+    Raises:
+        ValueError, TypeError, SparseKConfigError: a setting cannot be used.
+    """
     if config is None:
         config = {}
     if isinstance(config, Mapping):
