@@ -193,7 +193,9 @@ def test_the_launcher_launches_what_python_launches(case, program, tmp_path, mon
     types = "items_fwd_kernel=ppppiiiii;" + "".join(
         f"{name}={recorder.types};" for name, recorder in recorders.items()
     )
-    done = run(program, tmp_path, shape, settings, types=types)
+    # keys and scores are contiguous: no strides say so
+    done = run(program, tmp_path, shape, settings, types=types, k_strides=(0, 0, 0),
+               score_strides=(0, 0))  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     # q, k, v, scores, out, workspace, in this order

@@ -245,6 +245,26 @@ CUresult launch(const Kernel& kernel, CUcontext context, unsigned x, unsigned y,
                 kernel.name);
 }
 
+void fill_strides(int64_t (&strides)[3], int64_t heads, int64_t tokens, int64_t head_dim) {
+  if (strides[0] != 0 || strides[1] != 0 || strides[2] != 0) return;
+  strides[2] = head_dim;
+  strides[1] = tokens * strides[2];
+  strides[0] = heads * strides[1];
+}
+
+// The params with the strides of contiguous tensors where there were none.
+AttentionParams with_strides(AttentionParams p) {
+  fill_strides(p.q_strides, p.query_heads, p.queries, p.head_dim);
+  fill_strides(p.k_strides, p.kv_heads, p.keys, p.head_dim);
+  fill_strides(p.v_strides, p.kv_heads, p.keys, p.head_dim);
+  fill_strides(p.out_strides, p.query_heads, p.queries, p.head_dim);
+  if (p.score_strides[0] == 0 && p.score_strides[1] == 0) {
+    p.score_strides[1] = p.keys;
+    p.score_strides[0] = int64_t{p.kv_heads} * p.keys;
+  }
+  return p;
+}
+
 CUdeviceptr address(const void* pointer) { return reinterpret_cast<CUdeviceptr>(pointer); }
 
 }  // namespace
@@ -257,7 +277,8 @@ size_t workspace_size(const AttentionParams& params) {
   return static_cast<size_t>(plan.bytes);
 }
 
-CUresult attention_forward(const AttentionParams& p, CUstream stream) {
+CUresult attention_forward(const AttentionParams& params, CUstream stream) {
+  const AttentionParams p = with_strides(params);
   Plan plan;
   SPARSEK_TRY(make_plan(p, &plan));
   SPARSEK_TRY(check_memory(p, plan));
