@@ -80,6 +80,7 @@ CASES = {
     "soft": ((1, 1, 200, 200), {**SETTINGS, "mode": "soft_v", "refresh": 16}),
     "share-page-soft": ((2, 3, 1, 1000), {**SETTINGS, "granularity": "page", "mode": "soft_v",
                         "k": 0.11, "k_min": 32}),
+    "more-than-there-is": ((1, 2, 301, 301), {**SETTINGS, "k": 400}),
     "everything-fits": ((1, 1, 33, 33), {**SETTINGS, "window": 100}),
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ stage() { # NAME SECONDS COMMAND...
 for s in "$@"; do
   case $s in
     kernels) stage kernels 500 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/kernels -q --ignore "$root"/tests/kernels/test_compile.py || failed=1 ;;
-    interop) stage interop 500 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/export "$root"/tests/test_xformers.py -q ;;
+    interop) stage interop 500 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/export "$root"/tests/test_xformers.py -q || failed=1 ;;
     sanitize) stage sanitize 400 compute-sanitizer --tool memcheck --error-exitcode 9 python3 "$root"/tests/kernels/sanitize.py || failed=1 ;;
     times) stage times 300 python3 -m vllm_sparsek.cli bench kernels --run micro --output "$out/micro" || failed=1 ;;
     bench) stage bench 590 python3 -m vllm_sparsek.cli bench kernels --output "$out/bench" || failed=1 ;;
