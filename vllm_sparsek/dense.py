@@ -7,6 +7,7 @@ context, so nothing is copied whatever the strides.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from vllm_sparsek.config import SparseKConfig
-from vllm_sparsek.kernels.common.dispatch import check_shape, check_tensor
+from vllm_sparsek.kernels.common.dispatch import check_shape, check_tensor, implementation
 from vllm_sparsek.kernels.common.validate import FLOATS
 from vllm_sparsek.kernels.prefill import api as prefill_api
 from vllm_sparsek.kernels.select import api as select_api
+from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.scorers import scorer_class
 
 # tokens of a unit at granularity ``page``: vLLM's block on CUDA
@@ -91,7 +93,11 @@ def attention_forward(
     competing = budget.end_unit(last) - budget.first_unit()
     width = max(1, min(budget.units_kept(last), competing))
     soft = settings.mode == "soft_v"
-    row, position, start, length, table = _items(batch, queries, keys, budget.refresh, q.device)
+    shape_key = batch, queries, keys, budget.refresh, q.device
+    row, position, start, length, table = _items(*shape_key)
+    module = implementation("select", impl, q.device)
+    shared = module.__name__.endswith("triton") and not soft
+    shared = shared and not module.reads_once(budget.unit, competing)
     out = torch.empty_like(q)
     # Triton launches on the current device
     with torch.cuda.device_of(q):
@@ -105,9 +111,10 @@ def attention_forward(
             shape = (row[part].numel(), heads, width)
             units = torch.empty(shape, dtype=torch.int32, device=q.device)
             gates = torch.empty(shape, dtype=torch.float32, device=q.device) if soft else None
+            bases = _bases(*shape_key, low, low + shape[0]) if shared else None
             select_api.select(
                 scores, table, row[part], position[part], budget, settings.pooling, soft, units,
-                gates, impl,
+                gates, impl, bases=bases,
             )  # fmt: skip
             prefill_api.prefill(
                 q.transpose(1, 2), k, v, table, row[part], position[part], start[part],
@@ -213,3 +220,27 @@ def _items(
     )  # [4, items]
     row_, position_, start_, length_ = items.int().to(device)
     return row_, position_, start_, length_, row[:, None].int().to(device)
+
+
+@functools.lru_cache(maxsize=512)
+def _bases(
+    batch: int, queries: int, keys: int, refresh: int, device: torch.device, low: int, high: int
+) -> ChunkBases:
+    """What the selections of items ``low``..``high`` share, so that long contexts cost little.
+
+    A base costs a look at its context, an item a look at what the items before it in its base
+    added: about the root of the items of a row share one.
+    """
+    blocks = (keys - 1) // refresh - (keys - queries) // refresh + 1
+    per_base = math.isqrt(blocks)
+    per_row = -(-blocks // per_base)
+    item = torch.arange(low, high)
+    base = item // blocks * per_row + item % blocks // per_base
+    used = torch.arange(int(base[0]), int(base[-1]) + 1)
+    first = used % per_row * per_base
+    last = (first + per_base).clamp(max=blocks) - 1
+    position = (torch.stack([first, last], dim=1) + (keys - queries) // refresh) * refresh
+    bounds = torch.cat([(used // per_row)[:, None], position], dim=1)
+    return ChunkBases(
+        (base - base[0]).int().to(device), bounds.int().to(device), int(position[:, 0].max())
+    )

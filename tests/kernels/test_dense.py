@@ -178,6 +178,32 @@ def test_selection_lists_are_made_in_parts_when_they_are_large(device, monkeypat
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["r16-token", "r64-page", "short-queries", "share"])
+@pytest.mark.parametrize("at_once", [1 << 28, 1000], ids=["whole", "parts"])
+def test_selections_that_share_a_base_are_those_made_alone(name, at_once, device, monkeypatch):
+    from vllm_sparsek.kernels.select import triton as select_triton
+
+    case = {
+        **CASES,
+        "r64-page": (F32, 2, 1, 2, 64, (331, 331), dict(k=48, window=9, sinks=17, refresh=16,
+                     granularity="page"), (separate, separate, separate)),
+        "share": (F32, 2, 1, 2, 64, (150, 203), dict(k=0.2, k_min=8, window=8, sinks=2, refresh=4),
+                  (separate, separate, separate)),
+    }[name]  # fmt: skip
+    q, k, v, scores, settings = problem(case)
+    q, k, v, scores = (t.to(device) for t in (q, k, v, scores))
+    monkeypatch.setattr("vllm_sparsek.dense.SELECTION_BYTES", at_once)
+    launched = []
+    lists = select_triton._base_lists
+    monkeypatch.setattr(select_triton, "_base_lists", lambda *a: launched.append(1) or lists(*a))
+    alone = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
+    assert not launched
+    monkeypatch.setattr(select_triton, "reads_once", lambda *_: False)
+    together = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
+    assert launched
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+
+
 class Recorder:
     """Stands for a kernel and keeps what it is launched with."""
 

@@ -199,6 +199,12 @@ def _tile(unit: int, pooling: str) -> tuple[dict[str, int], dict[str, int]]:
     return {"BLOCK": PAGE_BLOCK}, {"num_warps": PAGE_WARPS}
 
 
+def reads_once(unit: int, competing: int) -> bool:
+    """Whether a selection among so many units reads them once: it gains nothing from a base."""
+    tile, _ = _tile(unit, "lse")
+    return bool(competing <= tile["BLOCK"])
+
+
 def select(
     scores: torch.Tensor,
     block_table: torch.Tensor,
