@@ -287,6 +287,34 @@ def dense_builder_class(device_type: str) -> type:
     return CpuDenseBuilder
 
 
+def dense_takes_fp8() -> bool:
+    """Whether vLLM's FlashAttention reads an fp8 KV cache on this GPU."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    return bool(FlashAttentionBackend.supports_kv_cache_dtype("fp8"))
+
+
+def dense_query(dense: Any, query: torch.Tensor, layer: Any) -> torch.Tensor:
+    """``query`` [T, Hq, D] as the dense path takes it beside an fp8 KV cache.
+
+    vLLM's attention layer quantises queries for implementations that ask for it. Ours does not:
+    sparse queries keep their 16 bits. What reads densely gets what FLASH_ATTN would get.
+    """
+    if not dense.supports_quant_query_input:
+        return query
+    from vllm import _custom_ops as ops
+
+    quantised, _ = ops.scaled_fp8_quant(query.flatten(1), layer._q_scale)
+    return quantised.view(query.shape)
+
+
+def cache_numbers(cache: torch.Tensor) -> torch.Tensor:
+    """A KV cache as the numbers it holds: vLLM allocates float8_e4m3fn as uint8."""
+    import torch
+
+    return cache.view(torch.float8_e4m3fn) if cache.dtype == torch.uint8 else cache
+
+
 def cpu_kernel_isa(dtype: torch.dtype, page: int, head_size: int) -> str:
     """Instruction set that vLLM's CPU attention kernel uses for a cache of this shape."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa

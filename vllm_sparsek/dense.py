@@ -114,11 +114,12 @@ def attention_forward(
             bases = _bases(*shape_key, low, low + shape[0]) if shared else None
             select_api.select(
                 scores, table, row[part], position[part], budget, settings.pooling, soft, units,
-                gates, impl, bases=bases,
+                gates, impl=impl, bases=bases,
             )  # fmt: skip
             prefill_api.prefill(
                 q.transpose(1, 2), k, v, table, row[part], position[part], start[part],
-                length[part], units, gates, budget, scale, out.transpose(1, 2), impl,
+                length[part], units, gates, budget, scale, out.transpose(1, 2),
+                impl=impl,
             )  # fmt: skip
     return out
 

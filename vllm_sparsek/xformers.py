@@ -62,8 +62,9 @@ class SparseKFwOp(AttentionFwOpBase):
                 reasons.append(f"{name}.requires_grad: forward only, pass {name}.detach()")
             if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
                 reasons.append(f"{name}.stride(-1) != 1")
-        if d.query.device.type == "cuda" and not kernel_takes(d.query)[0]:
-            reasons.append(kernel_takes(d.query)[1])
+        takes, why_not = kernel_takes(d.query, d.key)
+        if d.query.device.type == "cuda" and not takes:
+            reasons.append(why_not)
         return reasons
 
     @classmethod

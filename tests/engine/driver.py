@@ -18,11 +18,17 @@ def gap(step: dict[int, Any]) -> float:
     return best[0] - best[1]
 
 
-def run(spec: dict[str, Any], inspect: Callable[[Any], None] | None = None) -> dict[str, Any]:
+def run(
+    spec: dict[str, Any],
+    inspect: Callable[[Any], None] | None = None,
+    prepare: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
     """Start the engine, make the calls in order, return tokens and metrics."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(disable_log_stats=False, **spec["llm"])
+    if prepare is not None:
+        prepare(llm)
     answers = []
     for call in spec["calls"]:
         if call.get("reset"):

@@ -1,7 +1,8 @@
 """Runs many small engines one after another in this process and prints their answers as JSON.
 
 argv[1]: a JSON file with a list of specifications, see driver.py; "scores": n adds the scores of
-the first request's first n tokens, "shipped": folder stands for that of the shipped scorers. A
+the first request's first n tokens, "shipped": folder stands for that of the shipped scorers,
+"kv_scales": [of keys, of values] are given to every layer before the first call. A
 model that cannot be served gives {"error": ...} instead of answers. With engines in the process
 itself, starting one takes seconds; what happens between processes is for driver.py to show.
 """
@@ -46,6 +47,15 @@ def scores(llm: Any, tokens: int) -> dict[str, Any]:
     return found
 
 
+def set_kv_scales(llm: Any, k_scale: float, v_scale: float) -> None:
+    """What a checkpoint with scales would have loaded; graphs are captured by now."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    for layer in layers.values():
+        if hasattr(layer, "_k_scale"):
+            layer._k_scale.fill_(k_scale)
+            layer._v_scale.fill_(v_scale)
+
+
 def managers(llm: Any) -> list[str]:
     """The class that allocates blocks, for every KV cache group."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -65,8 +75,12 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         if "scores" in spec:
             found["scores"] = scores(llm, spec["scores"])
 
+    def prepare(llm: Any) -> None:
+        if "kv_scales" in spec:
+            set_kv_scales(llm, *spec["kv_scales"])
+
     try:
-        result = driver.run(spec, inspect)
+        result = driver.run(spec, inspect, prepare)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {**result, **found}

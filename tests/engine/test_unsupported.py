@@ -14,7 +14,9 @@ from tiny import random_prompts, run_many, tiny_llm, write_model
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
+from vllm_sparsek import compat
 from vllm_sparsek.attention.support import (
+    FP8_CACHES,
     HEAD_SIZES,
     UnsupportedError,
     refuse_unsupported_impl,
@@ -45,8 +47,11 @@ LAYERS = {
     "image prefixes": ({"use_mm_prefix": True}, "image prefixes", WITHOUT),
     "non-causal": ({"use_non_causal": True}, "non-causal", WITHOUT),
     "reference windows": ({"use_rswa": True}, "reference sliding windows", WITHOUT),
-    "fp8 cache": ({"kv_cache_dtype": "fp8"}, "fp8 KV cache", "--kv-cache-dtype auto"),
-    "fp8_e5m2 cache": ({"kv_cache_dtype": "fp8_e5m2"}, "fp8_e5m2", "--kv-cache-dtype auto"),
+    "fp8_e5m2 cache": ({"kv_cache_dtype": "fp8_e5m2"}, "fp8_e5m2", "--kv-cache-dtype fp8"),
+    "scales per token": (
+        {"kv_cache_dtype": "fp8_per_token_head"}, "fp8_per_token_head KV", "--kv-cache-dtype fp8",
+    ),
+    "nvfp4 cache": ({"kv_cache_dtype": "nvfp4"}, "nvfp4 KV cache", "--kv-cache-dtype fp8"),
     "KV connector": ({"use_kv_connector": True}, "KV connectors", "--kv-transfer-config"),
     "prefill context parallelism": ({"use_pcp": True}, "context parallelism", "to 1"),
     "decode context parallelism": ({"use_dcp": True}, "context parallelism", "to 1"),
@@ -72,10 +77,27 @@ def test_float32_is_refused_on_cuda_alone():
     refuse_unsupported_layer(layer(dtype=torch.float32), "cpu")
 
 
+FP8_REFUSALS = {
+    "cpu": ("cpu", True, {}, "KV cache on the CPU"),
+    "another GPU": ("cuda", False, {}, "on this GPU.*compute capability 9.0 and 10.x"),
+    "per head": ("cuda", True, {"use_per_head_quant_scales": True}, "KV cache scales per head"),
+}
+
+
+@pytest.mark.parametrize("kv_cache_dtype", FP8_CACHES)
+@pytest.mark.parametrize("case", FP8_REFUSALS.values(), ids=FP8_REFUSALS.keys())
+def test_an_fp8_cache_is_refused_where_something_cannot_read_it(case, kv_cache_dtype, monkeypatch):
+    device, dense_takes_it, changes, message = case
+    monkeypatch.setattr(compat, "dense_takes_fp8", lambda: dense_takes_it)
+    with pytest.raises(UnsupportedError, match=f"{message}.*pass --kv-cache-dtype auto"):
+        refuse_unsupported_layer(layer(kv_cache_dtype=kv_cache_dtype, **changes), device)
+
+
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_what_is_supported_passes(head_size, dtype):
-    for kv_cache_dtype in (None, "auto", "float16", "bfloat16"):
+def test_what_is_supported_passes(head_size, dtype, monkeypatch):
+    monkeypatch.setattr(compat, "dense_takes_fp8", lambda: True)
+    for kv_cache_dtype in (None, "auto", "float16", "bfloat16", *FP8_CACHES):
         for block_size in (None, 16, 48, 128):
             supported = layer(
                 head_size=head_size, dtype=dtype, kv_cache_dtype=kv_cache_dtype,
@@ -88,7 +110,8 @@ def configuration(**changes):
     """The part of a VllmConfig that is looked at."""
     values = {"speculative_config": None, "kv_transfer_config": None, "enable_dbo": False,
               "is_hybrid": False, "decode_context_parallel_size": 1,
-              "prefill_context_parallel_size": 1}  # fmt: skip
+              "prefill_context_parallel_size": 1, "cache_dtype": "auto",
+              "kv_cache_dtype_skip_layers": []}  # fmt: skip
     values |= changes
     return SimpleNamespace(
         speculative_config=values["speculative_config"],
@@ -97,6 +120,9 @@ def configuration(**changes):
             **{key: values[key] for key in values if key.endswith(("dbo", "parallel_size"))}
         ),
         model_config=SimpleNamespace(is_hybrid=values["is_hybrid"]),
+        cache_config=SimpleNamespace(
+            **{key: values[key] for key in ("cache_dtype", "kv_cache_dtype_skip_layers")}
+        ),
     )
 
 
@@ -128,6 +154,10 @@ IMPLEMENTATIONS = {
     "prefill context parallelism": (
         {"prefill_context_parallel_size": 2}, "context parallelism", "sizes to 1",
     ),
+    "layers of two cache dtypes": (
+        {"cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+        "layers without an fp8 KV cache", "drop --kv-cache-dtype-skip-layers",
+    ),
     "state-space layers": ({"is_hybrid": True}, "state-space layers", WITHOUT),
 }  # fmt: skip
 
@@ -144,6 +174,7 @@ def test_an_implementation_is_refused_with_feature_and_remedy(arguments, feature
 
 def test_arguments_without_a_value_are_no_reason_to_refuse():
     check(soft_cap=0.0, extra={"sinks": None})
+    check(kv_cache_dtype_skip_layers=["0"])
 
 
 # --- through the engine ----------------------------------------------------------------------
@@ -159,7 +190,9 @@ MODELS = {
         ["logit soft caps", WITHOUT],
     ),
     "ALiBi": ("bloom", {"n_head": 4, "n_layer": 2}, {}, ["ALiBi", WITHOUT]),
-    "fp8 cache": ("llama", {}, {"kv_cache_dtype": "fp8"}, ["fp8 KV cache", "--kv-cache-dtype"]),
+    "fp8_e5m2 cache": (
+        "llama", {}, {"kv_cache_dtype": "fp8_e5m2"}, ["fp8_e5m2 KV cache", "--kv-cache-dtype"],
+    ),
     "KV connector": (
         "llama", {}, {"kv_transfer_config": {
             "kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -211,8 +244,9 @@ def test_a_model_whose_layers_all_slide_runs_with_the_remedy(refusals):
 
 
 COMMANDS = {
-    "fp8 cache": (
-        ["--kv-cache-dtype", "fp8"], "does not support a fp8 KV cache yet: pass --kv-cache-dtype",
+    "fp8_e5m2 cache": (
+        ["--kv-cache-dtype", "fp8_e5m2"],
+        "does not support a fp8_e5m2 KV cache yet: pass --kv-cache-dtype",
     ),
     "speculative decoding": (
         ["--speculative-config", json.dumps(
@@ -245,4 +279,4 @@ def test_the_command_line_ends_with_the_message(case, vllm_command, tmp_path):
     assert message in out, out[-6000:]
     assert "Avg latency" not in out
     # what the configuration tells is refused before there is an engine process
-    assert ("(EngineCore" in out) == (case == "fp8 cache")
+    assert ("(EngineCore" in out) == (case == "fp8_e5m2 cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,32 @@ def build(
     return Paged(lengths, keys, values, all_scores, kv_cache, scores, block_table)
 
 
+FP8 = torch.float8_e4m3fn
+SCALES = (0.031, 0.017)  # of keys and values: no powers of two, so that neither is lost unseen
+
+
+def quantised(
+    paged: Paged, scales: tuple[float, float] = SCALES
+) -> tuple[Paged, tuple[torch.Tensor, torch.Tensor]]:
+    """The same requests in a float8_e4m3fn cache, and its kv_scales; both on the CPU.
+
+    ``key`` and ``value`` of the result are what the cache holds, times its scales.
+    """
+    num_blocks, heads, page, width = paged.kv_cache.shape
+    by_channel = torch.tensor(scales).repeat_interleave(width // 2)
+    kv_cache = paged_view(num_blocks, heads, page, width, FP8, "cpu")
+    kv_cache.copy_((paged.kv_cache.float() / by_channel).to(FP8))
+    k_scale, v_scale = (torch.tensor(scale) for scale in scales)
+
+    def held(tensors: list[torch.Tensor], scale: torch.Tensor) -> list[torch.Tensor]:
+        return [(t.float() / scale).to(FP8).double() * scale for t in tensors]
+
+    found = dataclasses.replace(
+        paged, key=held(paged.key, k_scale), value=held(paged.value, v_scale), kv_cache=kv_cache
+    )
+    return found, (k_scale, v_scale)
+
+
 def items_of(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """item_row and item_position from (row, position) pairs."""
     row = torch.tensor([pair[0] for pair in pairs], dtype=torch.int32)
@@ -155,6 +182,7 @@ def eager_one(
     gates: torch.Tensor | None,
     budget: Budget,
     scale: float,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """One query's attention with every step rounded to the query's dtype; as ``attend_one``."""
     from vllm_sparsek.kernels.decode.reference import visible_positions
@@ -166,13 +194,16 @@ def eager_one(
         mine = slice(head * group, (head + 1) * group)
         kept = units[head][units[head] >= 0]
         at = visible_positions(position, kept, budget)
-        rows = kv_cache[blocks[at // page].long(), head, at % page]
-        weights = torch.softmax(query[mine] @ rows[:, :head_dim].T * scale, dim=-1)
+        rows = kv_cache[blocks[at // page].long(), head, at % page].to(query.dtype)
+        key, value = rows.split(head_dim, dim=-1)
+        if kv_scales is not None:
+            key, value = (x * s.to(x.dtype) for x, s in zip((key, value), kv_scales, strict=True))
+        weights = torch.softmax(query[mine] @ key.T * scale, dim=-1)
         if gates is not None:
             weight = torch.ones(at.numel(), dtype=torch.float32)
             sinks = min(budget.first_unit() * budget.unit, position + 1)
             gate = gates[head][units[head] >= 0].repeat_interleave(budget.unit)
             weight[sinks : sinks + gate.numel()] = gate
             weights = weights * weight.to(weights.dtype)
-        out[mine] = weights @ rows[:, head_dim:]
+        out[mine] = weights @ value
     return out

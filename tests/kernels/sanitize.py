@@ -9,7 +9,7 @@ import itertools
 import sys
 
 import torch
-from caches import NAN, build, chosen, items_of, paged_view, slots
+from caches import NAN, build, chosen, items_of, paged_view, quantised, slots
 
 from vllm_sparsek import attention_forward
 from vllm_sparsek.kernels.bounds import api as bounds_api
@@ -88,11 +88,19 @@ def by_query(head_dim: int, page: int, group: int, budget: Budget) -> None:
     compare(f"select by query {label}", got_units, units, 0)
 
 
-def attention(head_dim: int, page: int, group: int, budget: Budget, soft: bool) -> None:
+def attention(
+    head_dim: int, page: int, group: int, budget: Budget, soft: bool, fp8: bool = False
+) -> None:
     """Select, decode and prefill."""
-    label = f"D={head_dim} page={page} G={group} unit={budget.unit} R={budget.refresh} {soft=}"
+    label = (
+        f"D={head_dim} page={page} G={group} unit={budget.unit} R={budget.refresh} {soft=} {fp8=}"
+    )
     heads, scale = 2, head_dim**-0.5
     paged = build(LENGTHS, heads, head_dim, page, torch.bfloat16)
+    kv_scales = on_gpu_scales = None
+    if fp8:
+        paged, kv_scales = quantised(paged)
+        on_gpu_scales = (kv_scales[0].to(DEVICE), kv_scales[1].to(DEVICE))
     there = paged.to(DEVICE)
     row, position = items_of([(-1, 0), *((r, n - 1) for r, n in enumerate(LENGTHS))])
     on_gpu = row.to(DEVICE), position.to(DEVICE)
@@ -108,12 +116,12 @@ def attention(head_dim: int, page: int, group: int, budget: Budget, soft: bool) 
     expected = torch.full_like(query, NAN)
     decode_reference.decode(
         query, paged.kv_cache, paged.block_table, row, position, units, gates, budget, scale,
-        expected,
+        expected, kv_scales,
     )  # fmt: skip
     out = torch.full_like(query, NAN, device=DEVICE)
     decode_api.decode(
         query.to(DEVICE), there.kv_cache, there.block_table, *on_gpu, got, got_gates, budget,
-        scale, out,
+        scale, out, kv_scales=on_gpu_scales,
     )  # fmt: skip
     compare(f"decode {label}", out, expected, TOLERANCE)
 
@@ -129,13 +137,13 @@ def attention(head_dim: int, page: int, group: int, budget: Budget, soft: bool) 
     prefill_reference.prefill(
         query[None].expand(len(LENGTHS), -1, -1, -1), *paged.kv_cache.chunk(2, dim=-1),
         paged.block_table, *items, units, gates, budget, scale,
-        expected[None].expand(len(LENGTHS), -1, -1, -1),
+        expected[None].expand(len(LENGTHS), -1, -1, -1), kv_scales,
     )  # fmt: skip
     out = torch.full_like(query, NAN, device=DEVICE)
     prefill_api.prefill(
         query.to(DEVICE), *there.kv_cache.chunk(2, dim=-1), there.block_table,
         *(i.to(DEVICE) for i in items), units.to(DEVICE),
-        None if gates is None else gates.to(DEVICE), budget, scale, out,
+        None if gates is None else gates.to(DEVICE), budget, scale, out, on_gpu_scales,
     )  # fmt: skip
     compare(f"prefill {label}", out, expected, TOLERANCE)
 
@@ -169,6 +177,7 @@ def main() -> int:
     attention(80, 32, 7, Budget(40, 9, 33, 16), True)
     attention(256, 128, 3, Budget(128, 9, 1, 64, 128), True)
     attention(64, 16, 1, Budget(8, 8, 2, 16, 1, 0.15), False)
+    attention(128, 16, 4, Budget(64, 16, 4, 64, 16), False, fp8=True)
     dense_layout({"k": 48, "window": 9, "sinks": 3}, 301)
     dense_layout({"k": 48, "window": 9, "sinks": 17, "granularity": "page"}, 7)
     dense_layout({"k": 32, "window": 9, "sinks": 0, "refresh": 1, "mode": "soft_v"}, 40)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.platforms.interface import DeviceCapability
@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 from vllm_sparsek import compat
 from vllm_sparsek.attention.impl import SparseKImpl
 from vllm_sparsek.attention.metadata import SparseKMetadataBuilder
-from vllm_sparsek.attention.support import HEAD_SIZES
+from vllm_sparsek.attention.support import FP8_CACHES, HEAD_SIZES
 
 compat.require_supported_vllm()
 
@@ -22,7 +22,7 @@ class SparseKBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *FP8_CACHES]
 
     @staticmethod
     def get_name() -> str:

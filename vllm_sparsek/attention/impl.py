@@ -19,9 +19,14 @@ from vllm_sparsek.attention.settings import (
     reads_hidden,
     settings_of,
 )
-from vllm_sparsek.attention.support import refuse_unsupported_impl, refuse_without_projection
+from vllm_sparsek.attention.support import (
+    FP8_CACHES,
+    refuse_unsupported_impl,
+    refuse_without_projection,
+)
 from vllm_sparsek.attention.workspace import KeptSelections, decode_workspace, rows_that_fit
 from vllm_sparsek.kernels.bounds import api as bounds_api
+from vllm_sparsek.kernels.common import architecture
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api
@@ -69,6 +74,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
+        self.fp8 = kv_cache_dtype in FP8_CACHES
         self.max_model_len = self.vllm_config.model_config.max_model_len
         self.dense = compat.dense_impl_class(self.vllm_config.device_config.device_type)(
             num_heads, head_size, scale, self.num_kv_heads, None, None, kv_cache_dtype,
@@ -113,6 +119,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             layer.kv_cache_torch_dtype, self.config,
         )  # fmt: skip
         if device.type == "cuda":
+            # before vLLM's own Triton kernels compile, too
+            architecture.prepare(device)
             page = self.vllm_config.cache_config.block_size
             if not self.config.query_aware:
                 self.kept = self._kept_selections(page, device)
@@ -174,7 +182,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         Args:
             layer: the attention layer.
             query: [T, Hq, D]; key, value: [T, H, D].
-            kv_cache: [num_blocks, H, page, 2 * D], the new tokens already written.
+            kv_cache: [num_blocks, H, page, 2 * D], the new tokens already written; uint8 if it
+                holds float8_e4m3fn.
             attn_metadata: the step; None in profiling runs.
             output: [T, Hq, D], written in place.
             output_scale, output_block_scale: fused output quantisation, not supported.
@@ -188,20 +197,28 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
                 self._hidden_checked = True
             return output.zero_()
         m = attn_metadata
+        dense = m.dense_all if self.always_dense else m.dense
+        if dense is not None:
+            q = compat.dense_query(self.dense, query, layer) if self.fp8 else query
+            self.dense.forward(layer, q, key, value, kv_cache, dense, output)
         if self.always_dense:
-            return self.dense.forward(layer, query, key, value, kv_cache, m.dense_all, output)
+            return output
+        # read where they are: a captured graph follows scales that change
+        kv_scales = (layer._k_scale, layer._v_scale) if self.fp8 else None
+        kv_cache = compat.cache_numbers(kv_cache)
         self._score(key, value, kv_cache, m)
-        if m.dense is not None:
-            self.dense.forward(layer, query, key, value, kv_cache, m.dense, output)
         if m.cpu_rows:
             self._decode_cpu(query, kv_cache, m, output)
         elif m.sparse_decodes:
             rows = m.num_decodes
-            self._decode(query[:rows], kv_cache, m, m.decode_row, m.decode_position, output[:rows])
+            self._decode(
+                query[:rows], kv_cache, kv_scales, m, m.decode_row, m.decode_position,
+                output[:rows],
+            )  # fmt: skip
         if m.items is not None and self.config.query_aware:
-            self._decode_again(query, kv_cache, m, m.items, output)
+            self._decode_again(query, kv_cache, kv_scales, m, m.items, output)
         elif m.items is not None:
-            self._prefill(query, kv_cache, m, m.items, output)
+            self._prefill(query, kv_cache, kv_scales, m, m.items, output)
         return output
 
     def _score(
@@ -255,6 +272,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
+        kv_scales: tuple[torch.Tensor, torch.Tensor] | None,
         m: SparseKMetadata,
         row: torch.Tensor,
         position: torch.Tensor,
@@ -274,13 +292,14 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         partials = (space.partials[0][:items], space.partials[1][:items])
         decode_api.decode(
             query, kv_cache, m.block_table, row, position, units, gates, budget,
-            self.scale, output, partials, space.max_tokens,
+            self.scale, output, partials, space.max_tokens, kv_scales,
         )  # fmt: skip
 
     def _decode_again(
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
+        kv_scales: tuple[torch.Tensor, torch.Tensor] | None,
         m: SparseKMetadata,
         items: PrefillItems,
         output: torch.Tensor,
@@ -291,7 +310,9 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             part = slice(low, low + at_once)
             index = items.query_start[part].long()
             found = torch.empty_like(query[index])
-            self._decode(query[index], kv_cache, m, items.row[part], items.position[part], found)
+            self._decode(
+                query[index], kv_cache, kv_scales, m, items.row[part], items.position[part], found
+            )
             output[index] = found
 
     def _decode_cpu(
@@ -310,6 +331,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
+        kv_scales: tuple[torch.Tensor, torch.Tensor] | None,
         m: SparseKMetadata,
         items: PrefillItems,
         output: torch.Tensor,
@@ -331,5 +353,5 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             prefill_api.prefill(
                 query, *kv_cache.chunk(2, dim=-1), m.block_table, row, position,
                 items.query_start[part], items.query_len[part], units, gates, budget,
-                self.scale, output,
+                self.scale, output, kv_scales,
             )  # fmt: skip

@@ -8,7 +8,11 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionType
 
+from vllm_sparsek import compat
+
 HEAD_SIZES = (64, 80, 96, 128, 256)
+# --kv-cache-dtype: two names of float8_e4m3fn with one scale a layer for keys, one for values
+FP8_CACHES = ("fp8", "fp8_e4m3")
 WITHOUT = "or serve without --attention-backend sparsek"
 
 
@@ -53,8 +57,13 @@ def refuse_unsupported_layer(layer: Any, device_type: str) -> None:
         _refuse("non-causal attention", "serve without --attention-backend sparsek")
     if layer.use_rswa:
         _refuse("reference sliding windows", "serve without --attention-backend sparsek")
-    if layer.kv_cache_dtype not in (None, "auto", "float16", "bfloat16"):
-        _refuse(f"a {layer.kv_cache_dtype} KV cache", f"pass --kv-cache-dtype auto, {WITHOUT}")
+    if layer.kv_cache_dtype in FP8_CACHES:
+        _refuse_unsupported_fp8(layer, device_type)
+    elif layer.kv_cache_dtype not in (None, "auto", "float16", "bfloat16"):
+        _refuse(
+            f"a {layer.kv_cache_dtype} KV cache",
+            f"pass --kv-cache-dtype fp8 (e4m3, one scale a layer) or auto, {WITHOUT}",
+        )
     if layer.use_kv_connector:
         _refuse("KV connectors", f"drop --kv-transfer-config, {WITHOUT}")
     if layer.use_pcp or layer.use_dcp:
@@ -68,6 +77,21 @@ def refuse_unsupported_layer(layer: Any, device_type: str) -> None:
         _refuse("float32 on CUDA", f"pass --dtype bfloat16 or float16, {WITHOUT}")
     if layer.block_size is not None and layer.block_size % 16:
         _refuse(f"--block-size {layer.block_size}", "use a multiple of 16")
+
+
+def _refuse_unsupported_fp8(layer: Any, device_type: str) -> None:
+    remedy = f"pass --kv-cache-dtype auto, {WITHOUT}"
+    if device_type != "cuda":
+        _refuse(f"an {layer.kv_cache_dtype} KV cache on the CPU", remedy)
+    if layer.use_per_head_quant_scales:
+        _refuse("KV cache scales per head", remedy)
+    # our kernels take one from 8.9 on; queries that read densely need vLLM's
+    if not compat.dense_takes_fp8():
+        _refuse(
+            f"an {layer.kv_cache_dtype} KV cache on this GPU (vLLM's FlashAttention, which reads "
+            "short contexts, takes one on compute capability 9.0 and 10.x)",
+            remedy,
+        )
 
 
 def refuse_unsupported_impl(
@@ -112,6 +136,10 @@ def refuse_unsupported_config(vllm_config: VllmConfig) -> None:
                 "serve without --attention-backend sparsek")  # fmt: skip
     if vllm_config.parallel_config.enable_dbo:
         _refuse("dual batch overlap", f"drop --enable-dbo, {WITHOUT}")
+    cache = vllm_config.cache_config
+    if cache.cache_dtype in FP8_CACHES and cache.kv_cache_dtype_skip_layers:
+        _refuse("layers without an fp8 KV cache beside layers with one",
+                f"drop --kv-cache-dtype-skip-layers, {WITHOUT}")  # fmt: skip
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         _refuse("context parallelism", f"set the context parallel sizes to 1, {WITHOUT}")

@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheSpec
 
+from vllm_sparsek import compat
 from vllm_sparsek.cache.spec import sparsek_spec
 from vllm_sparsek.config import SparseKConfig
 from vllm_sparsek.kernels.common.score_pages import (
@@ -36,7 +37,8 @@ class ScoreViews(NamedTuple):
 
     Attributes:
         scores: [num_blocks, H, page] float32; anchors: [num_blocks, H, D] float32.
-        bounds: [num_blocks, H, page // unit, 2, D] in the keys' dtype.
+        bounds: [num_blocks, H, page // unit, 2, D] in the KV cache's dtype, of an fp8 cache
+            before its scale.
     """
 
     scores: torch.Tensor | None = None
@@ -104,7 +106,7 @@ class ScoreCache(nn.Module, AttentionLayerBase):
 
     Attributes:
         kv_cache: [num_blocks, 1, page, numbers per token], bound by vLLM: float32, or the
-            keys' dtype for bounds.
+            KV cache's dtype for bounds.
     """
 
     def __init__(
@@ -151,7 +153,7 @@ class ScoreCache(nn.Module, AttentionLayerBase):
         if self.scorer.query_aware:
             unit = self.config.budget(kv_cache.shape[2]).unit
             bounds = split_bounds_cache(kv_cache, self.num_kv_heads, unit, self.head_dim)
-            self._views = ScoreViews(bounds=bounds)
+            self._views = ScoreViews(bounds=compat.cache_numbers(bounds))
         else:
             self._views = ScoreViews(
                 *split_score_cache(kv_cache, self.num_kv_heads, self.anchor_dim)

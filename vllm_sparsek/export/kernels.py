@@ -67,7 +67,9 @@ def variants(
             case = select.compile_case(0, unit, "lse", soft, "")
             found.append(Variant("select", arch, case, pages=pages, soft=soft))
             for dtype, head_dim, group in itertools.product(dtypes, head_dims, groups):
-                case = prefill.compile_case(dtype, group, head_dim, 0, unit, refresh, soft, False)
+                case = prefill.compile_case(
+                    dtype, dtype, group, head_dim, 0, unit, refresh, soft, False
+                )
                 found.append(Variant("prefill", arch, case, dtype, head_dim, group, pages, soft))
     return found
 

@@ -53,6 +53,8 @@ struct SelectArguments {
 struct PrefillArguments {
   CUdeviceptr q_ptr, k_ptr, v_ptr, block_table_ptr, item_row_ptr, item_position_ptr,
       item_query_start_ptr, item_query_len_ptr, units_ptr, gates_ptr, out_ptr;
+  // of an FP8 cache: not used here
+  CUdeviceptr k_scale_ptr, v_scale_ptr;
   float scale_log2;
   int32_t first_unit, window, refresh, k;
   int64_t share_bits;
@@ -357,6 +359,8 @@ CUresult attention_forward(const AttentionParams& params, CUstream stream) {
   a.item_query_len_ptr = i.item_query_len_ptr;
   a.units_ptr = units;
   a.gates_ptr = gates;
+  a.k_scale_ptr = units;
+  a.v_scale_ptr = units;
   const double scale = p.scale == 0.0 ? 1.0 / std::sqrt(double(p.head_dim)) : p.scale;
   a.scale_log2 = static_cast<float>(scale * kLog2E);
   a.first_unit = s.first_unit;

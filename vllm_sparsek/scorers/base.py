@@ -17,13 +17,14 @@ class ScoreBatch:
         key, value: [T, H, D] in the model's dtype; keys are rotated.
         positions: [T] int32 absolute positions.
         slot_mapping: [>= T] int64 physical slots, -1 for padding.
-        kv_cache: [num_blocks, H, page, 2 * D], the new tokens already written.
+        kv_cache: [num_blocks, H, page, 2 * D], the new tokens already written; of an fp8 cache
+            the float8_e4m3fn numbers before their scale.
         block_table: [rows, max_blocks] int32.
         query_start_loc: [rows + 1] int32; seq_lens: [rows] int32.
         scores: [num_blocks, H, page] float32, to be written; None for a query-aware scorer.
         anchors: [num_blocks, H, D] float32 or None, see ``Scorer.needs_anchor``.
         hidden: [T, E] in the model's dtype or None, see ``Scorer.reads_hidden``.
-        bounds: [num_blocks, H, page // unit, 2, D] in the keys' dtype or None, see
+        bounds: [num_blocks, H, page // unit, 2, D] in kv_cache's dtype or None, see
             ``Scorer.query_aware``.
     """
 

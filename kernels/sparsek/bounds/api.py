@@ -6,7 +6,7 @@ import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.dispatch import check_shape, check_tensor, implementation
-from vllm_sparsek.kernels.common.validate import FLOATS
+from vllm_sparsek.kernels.common.validate import FLOATS, FP8
 
 
 def write_bounds(
@@ -21,7 +21,7 @@ def write_bounds(
         kv_cache: [num_blocks, H, page, 2 * D]; the new tokens' keys are already in it.
         slot_mapping: [T] int64, physical slot of every new token; -1 is padding.
         bounds: [num_blocks, H, page // unit, 2, D] of the same dtype, written in place:
-            minimum and maximum over the unit's tokens.
+            minimum and maximum over the unit's tokens, of an fp8 cache before its scale.
         impl: auto, triton, cpu or reference.
 
     Raises:
@@ -29,7 +29,7 @@ def write_bounds(
         RuntimeError: ``impl`` cannot run here.
     """
     device = kv_cache.device
-    check_tensor("kv_cache", kv_cache, 4, FLOATS, device)
+    check_tensor("kv_cache", kv_cache, 4, (*FLOATS, FP8), device)
     check_tensor("slot_mapping", slot_mapping, 1, torch.int64, device)
     check_tensor("bounds", bounds, 5, kv_cache.dtype, device)
     num_blocks, heads, page, width = kv_cache.shape
@@ -54,7 +54,9 @@ def select_by_query(
 
     Args:
         query: [items, Hq, D], one query an item.
-        bounds: [num_blocks, H, page // unit, 2, D] of the same dtype, see ``write_bounds``.
+        bounds: [num_blocks, H, page // unit, 2, D] of the same dtype or float8_e4m3fn, see
+            ``write_bounds``. The scale of an fp8 cache is a positive factor of all of them: it
+            changes no choice.
         block_table: [rows, max_blocks] int32, physical block of every logical block.
         item_row: [items] int32, row of the block table; negative: an empty (padding) item.
         item_position: [items] int32, query position. Sinks, window and the number of places
@@ -73,7 +75,7 @@ def select_by_query(
     """
     device = query.device
     check_tensor("query", query, 3, FLOATS, device)
-    check_tensor("bounds", bounds, 5, query.dtype, device)
+    check_tensor("bounds", bounds, 5, (query.dtype, FP8), device)
     check_tensor("block_table", block_table, 2, torch.int32, device)
     check_tensor("item_row", item_row, 1, torch.int32, device)
     check_tensor("item_position", item_position, 1, torch.int32, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.validate import FP8
 from vllm_sparsek.kernels.select.cpu import top_units
 
 
@@ -17,7 +18,9 @@ def write_bounds(kv_cache: torch.Tensor, slot_mapping: torch.Tensor, bounds: tor
         return
     block, inside = slots // page, slots % page // unit
     key = kv_cache.unflatten(2, (-1, unit))[block, :, inside, :, :head_dim]  # [n, H, unit, D]
-    bounds[block, :, inside] = torch.stack(key.aminmax(dim=2), dim=2)
+    if key.dtype == FP8:
+        key = key.float()
+    bounds[block, :, inside] = torch.stack(key.aminmax(dim=2), dim=2).to(bounds.dtype)
 
 
 def select_by_query(

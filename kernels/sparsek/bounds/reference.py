@@ -33,8 +33,9 @@ def write_bounds(kv_cache: torch.Tensor, slot_mapping: torch.Tensor, bounds: tor
             continue
         block, last = slot // page, slot % page
         key = kv_cache[block, :, last + 1 - unit : last + 1, :head_dim]  # [H, unit, D]
-        bounds[block, :, last // unit, 0] = key.amin(1)
-        bounds[block, :, last // unit, 1] = key.amax(1)
+        # fp8 has no order of its own in torch; a double holds every key
+        bounds[block, :, last // unit, 0] = key.double().amin(1).to(bounds.dtype)
+        bounds[block, :, last // unit, 1] = key.double().amax(1).to(bounds.dtype)
 
 
 def upper_bounds(query: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

@@ -124,8 +124,8 @@ def score_units_fwd_kernel(
     o_unit = b_block * stride_bounds_block + o_u % PER_BLOCK * stride_bounds_unit
     p_low = bounds_ptr + i_h.to(tl.int64) * stride_bounds_head + o_unit[:, None] + o_d[None, :]
     m_bounds = m_u[:, None] & m_d[None, :]
-    b_low = tl.load(p_low, mask=m_bounds, other=0.0)  # [BLOCK, D_PAD]
-    b_high = tl.load(p_low + stride_bounds_side, mask=m_bounds, other=0.0)
+    b_low = tl.load(p_low, mask=m_bounds, other=0.0).to(b_q.dtype)  # [BLOCK, D_PAD]
+    b_high = tl.load(p_low + stride_bounds_side, mask=m_bounds, other=0.0).to(b_q.dtype)
     b_negative = tl.where(b_q < b_zero, b_q, b_zero)
     b_positive = tl.where(b_q > b_zero, b_q, b_zero)
     b_z = tl.dot(b_negative, tl.trans(b_low), input_precision="ieee")  # [M, BLOCK]
@@ -204,12 +204,13 @@ COMPILE_CASES = [
             ("bf16", 128, 128, 16, 16, 16),
             ("fp16", 80, 128, 48, 48, 64),
             ("bf16", 256, 256, 128, 128, 128),
+            ("fp8e4nv", 128, 128, 16, 16, 16),
         ]
     ),
     *(
         (
             score_units_fwd_kernel,
-            f"*{dtype} *{dtype} *i32 *i32 *i32 *fp32 i32 i32 i32 i32 i64 i32 "
+            f"*{dtype} *{of_bounds} *i32 *i32 *i32 *fp32 i32 i32 i32 i32 i64 i32 "
             "i32 i32 i64 i32 i32 i32 i32 i64 i32",
             {
                 "G": group,
@@ -220,10 +221,11 @@ COMPILE_CASES = [
             },
             {"num_warps": 4},
         )
-        for dtype, group, head_dim, per_block, unit in [
-            ("bf16", 4, 128, 1, 16),
-            ("fp16", 7, 80, 8, 16),
-            ("bf16", 3, 256, 1, 128),
+        for dtype, of_bounds, group, head_dim, per_block, unit in [
+            ("bf16", "bf16", 4, 128, 1, 16),
+            ("fp16", "fp16", 7, 80, 8, 16),
+            ("bf16", "bf16", 3, 256, 1, 128),
+            ("bf16", "fp8e4nv", 4, 128, 2, 16),
         ]
     ),
 ]

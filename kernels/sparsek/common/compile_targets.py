@@ -12,19 +12,28 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from vllm_sparsek.kernels.common.validate import FP8_CAPABILITY
+
 # bounds takes select's kernel: it comes after it
 OPERATIONS = ("score", "select", "bounds", "decode", "prefill", "prefix")
 WARP_SIZE = 32
 # shared memory one block may use, bytes, by compute capability (CUDA programming guide)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}
 
 
-def compile_cases() -> Iterator[tuple[str, tuple[Any, str, dict[str, Any], dict[str, int]]]]:
-    """(name, case) of every kernel variant that some ``triton.py`` registers."""
+def compile_cases(
+    capability: int,
+) -> Iterator[tuple[str, tuple[Any, str, dict[str, Any], dict[str, int]]]]:
+    """(name, case) of every kernel variant registered in a ``triton.py`` that ``capability`` runs.
+
+    All do but those that read an FP8 cache.
+    """
     for operation in OPERATIONS:
         module = importlib.import_module(f"vllm_sparsek.kernels.{operation}.triton")
         for case in module.COMPILE_CASES:
             kernel, types, constexprs, _ = case
+            if "fp8" in types and capability < FP8_CAPABILITY:
+                continue
             dtype = types.split()[0].removeprefix("*")
             variant = "-".join(f"{name}={value}" for name, value in constexprs.items())
             yield f"{operation}-{kernel.__name__}-{dtype}-{variant}", case
@@ -62,7 +71,7 @@ def compile_kernel(
 def main(capabilities: list[int]) -> None:
     """Compile every case and print {capability, name, shared, cubin, error} as JSON lines."""
     for capability in capabilities:
-        for name, case in compile_cases():
+        for name, case in compile_cases(capability):
             result: dict[str, Any] = {"capability": capability, "name": name, "error": None}
             try:
                 compiled = compile_kernel(case, capability)

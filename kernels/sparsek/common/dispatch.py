@@ -63,6 +63,11 @@ def implementation(operation: str, impl: str, device: torch.device) -> ModuleTyp
     ok, reason = capability(chosen, device)
     if not ok:
         raise RuntimeError(f"{operation}: implementation {reason}")
+    if chosen == "triton" and device.type == "cuda" and torch.cuda.is_available():
+        # imports what imports this
+        from vllm_sparsek.kernels.common.architecture import prepare
+
+        prepare(device)
     return importlib.import_module(f"vllm_sparsek.kernels.{operation}.{chosen}")
 
 

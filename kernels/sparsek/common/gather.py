@@ -124,10 +124,11 @@ def cache_rows(cache: torch.Tensor, blocks: torch.Tensor, position: torch.Tensor
     return index + torch.arange(heads)[:, None] * head
 
 
-def take_rows(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Tokens of a cache: rows [H, m] of ``token_table(cache)`` -> [H, m, width]."""
+def take_rows(cache: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens of a cache: rows [H, m] of ``token_table(cache)`` -> [H, m, width] of ``dtype``."""
     table, _ = token_table(cache)
-    return table.index_select(0, rows.flatten()).view(*rows.shape, cache.shape[3])
+    found = table.index_select(0, rows.flatten()).view(*rows.shape, cache.shape[3])
+    return found.to(dtype)
 
 
 def weigh_values(value: torch.Tensor, gates: torch.Tensor | None) -> torch.Tensor:
@@ -136,3 +137,8 @@ def weigh_values(value: torch.Tensor, gates: torch.Tensor | None) -> torch.Tenso
         return value
     weighted = value[:, : gates.shape[1]].float() * gates[..., None]
     return torch.cat([weighted.to(value.dtype), value[:, gates.shape[1] :]], dim=1)
+
+
+def scale_numbers(kv_scales: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[float, float]:
+    """k_scale and v_scale of an fp8 cache as numbers; 1 of any other."""
+    return (1.0, 1.0) if kv_scales is None else (kv_scales[0].item(), kv_scales[1].item())

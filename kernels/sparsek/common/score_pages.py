@@ -4,7 +4,7 @@ The score cache is a sibling of the KV cache with the same block ids. One block 
 every KV head, either the fp32 scores of its tokens and, for scorers that need one, an *anchor*:
 the running sum of the unit keys of all pages up to and including this one. Or, for query-aware
 selection, *bounds*: the smallest and largest value of every channel of the keys of every unit.
-Bounds are values of keys, so the keys' dtype holds them exactly.
+Bounds are values of keys as the cache holds them, so the cache's dtype holds them exactly.
 """
 
 from __future__ import annotations

@@ -30,12 +30,14 @@ def decode(
     out: torch.Tensor,
     workspace: tuple[torch.Tensor, torch.Tensor] | None = None,
     max_tokens: int | None = None,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     impl: str = "auto",
 ) -> None:
     """One query per item: ``out[i]`` is written for every item with ``item_row[i] >= 0``.
 
     Args:
-        query: [items, Hq, D]; kv_cache: [num_blocks, H, page, 2 * D] of the same dtype.
+        query: [items, Hq, D]; kv_cache: [num_blocks, H, page, 2 * D] of the same dtype or
+            float8_e4m3fn.
         block_table: [rows, max_blocks] int32.
         item_row: [items] int32 (negative: skip, ``out[i]`` keeps its value).
         item_position: [items] int32, absolute position of the query.
@@ -47,6 +49,8 @@ def decode(
         max_tokens: upper bound of the tokens any item reads; sizes grid and workspace, and a
             result is the same to the last bit only under the same bound. By default what the
             block table can address.
+        kv_scales: k_scale and v_scale, float32 tensors of one element; a float8_e4m3fn cache
+            times them gives keys and values. Needed with such a cache only.
         impl: auto, triton, cpu or reference.
 
     Raises:
@@ -57,17 +61,17 @@ def decode(
     check_shape("query", query, (item_row.shape[0], *query.shape[1:]))
     check_attention(
         query, {"kv_cache": kv_cache}, block_table, item_row, item_position, units, gates, budget,
-        out,
+        out, kv_scales,
     )  # fmt: skip
     module = implementation("decode", impl, query.device)
     arguments = (
         query, kv_cache, block_table, item_row, item_position, units, gates, budget, scale, out,
     )  # fmt: skip
     if not module.__name__.endswith("triton"):
-        module.decode(*arguments)
+        module.decode(*arguments, kv_scales)
         return
     items, query_heads, head_dim = query.shape
-    require(kernel_takes(query))
+    require(kernel_takes(query, kv_cache))
     if max_tokens is None:
         max_tokens = budget.max_tokens_attended(block_table.shape[1] * kv_cache.shape[2])
     shapes = workspace_shapes(items, query_heads, head_dim, max_tokens)
@@ -80,4 +84,4 @@ def decode(
         check_shape(f"workspace {name}", tensor, shape)
         if not tensor.is_contiguous():
             raise ValueError(f"workspace {name} must be contiguous, got {tensor.stride()}")
-    module.decode(*arguments, workspace, max_tokens)
+    module.decode(*arguments, workspace, max_tokens, kv_scales)

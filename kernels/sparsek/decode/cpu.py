@@ -10,6 +10,7 @@ from vllm_sparsek.kernels.common.gather import (
     cache_rows,
     kept_gates,
     kept_positions,
+    scale_numbers,
     take_rows,
     weigh_values,
     window_positions,
@@ -22,23 +23,27 @@ def attend_rows(
     rows: torch.Tensor,
     gates: torch.Tensor | None,
     scale: float,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention of one query over cache rows.
 
     Args:
         query: [Hq, D]; kv_cache: [num_blocks, H, page, 2 * D].
         rows: [H, m], see ``cache_rows``; gates: [H, g] or None, see ``weigh_values``.
-        scale: softmax scale.
+        scale: softmax scale; kv_scales: see ``reference.attend_one``.
 
     Returns:
         [Hq, D].
     """
     heads, head_dim = rows.shape[0], query.shape[-1]
-    key, value = take_rows(kv_cache, rows).split(head_dim, dim=-1)
+    key, value = take_rows(kv_cache, rows, query.dtype).split(head_dim, dim=-1)
     value = weigh_values(value, gates)
     # the query heads of a group are queries of one KV head: all see the same tokens
     q = query.view(heads, 1, -1, head_dim)
-    o = F.scaled_dot_product_attention(q, key[:, None], value[:, None], scale=scale)
+    k_scale, v_scale = scale_numbers(kv_scales)
+    o = F.scaled_dot_product_attention(q, key[:, None], value[:, None], scale=scale * k_scale)
+    if kv_scales is not None:
+        o = o * v_scale
     return o.view(-1, head_dim)
 
 
@@ -53,6 +58,7 @@ def decode(
     budget: Budget,
     scale: float,
     out: torch.Tensor,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """See ``reference.decode``."""
     for item, (row, position) in enumerate(
@@ -64,4 +70,4 @@ def decode(
         window = window_positions(kept.shape[0], position, position, budget)
         gate = None if gates is None else kept_gates(gates[item], kept.shape[1], budget)
         rows = cache_rows(kv_cache, block_table[row], torch.cat([kept, window], dim=1))
-        out[item] = attend_rows(query[item], kv_cache, rows, gate, scale)
+        out[item] = attend_rows(query[item], kv_cache, rows, gate, scale, kv_scales)

@@ -40,6 +40,7 @@ def attend_one(
     gates: torch.Tensor | None,
     budget: Budget,
     scale: float,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Output of one query token.
 
@@ -50,6 +51,7 @@ def attend_one(
         position: absolute query position.
         units: [H, K] kept units padded with -1; gates: [H, K] or None.
         budget, scale: the budget and the softmax scale.
+        kv_scales: k_scale and v_scale of an fp8 cache: what its numbers are multiplied by.
 
     Returns:
         [Hq, D] in the query's dtype.
@@ -61,9 +63,10 @@ def attend_one(
         kept = units[head][units[head] >= 0]
         visible = visible_positions(position, kept, budget)
         at = blocks[visible // page].long(), head, visible % page
-        key, value = key_cache[at], value_cache[at]  # [m, D]
-        if query.dtype != torch.float64:
-            key, value = key.float(), value.float()
+        exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+        key, value = key_cache[at].to(exact), value_cache[at].to(exact)  # [m, D]
+        if kv_scales is not None:
+            key, value = key * kv_scales[0], value * kv_scales[1]
         q = query[head * group : (head + 1) * group].to(key.dtype)
         weights = torch.softmax(q @ key.T * scale, dim=-1)  # [G, m]
         if gates is not None:
@@ -87,6 +90,7 @@ def decode(
     budget: Budget,
     scale: float,
     out: torch.Tensor,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """One query per item: ``out[i]`` is written for every item with ``item_row[i] >= 0``.
 
@@ -98,6 +102,7 @@ def decode(
         units: [items, H, K] int32; gates: [items, H, K] float32 or None.
         budget, scale: the budget and the softmax scale.
         out: [items, Hq, D], written in place.
+        kv_scales: see ``attend_one``.
     """
     for item, (row, position) in enumerate(
         zip(item_row.tolist(), item_position.tolist(), strict=True)
@@ -106,5 +111,5 @@ def decode(
             continue
         out[item] = attend_one(
             query[item], *kv_cache.chunk(2, dim=-1), block_table[row], position, units[item],
-            None if gates is None else gates[item], budget, scale,
+            None if gates is None else gates[item], budget, scale, kv_scales,
         )  # fmt: skip

@@ -33,6 +33,8 @@ def decode_fwd_kernel(
     item_position_ptr,  # [items] int32
     units_ptr,  # [items, H, K] int32
     gates_ptr,  # [items, H, K] float32 (SOFT)
+    k_scale_ptr,  # one float32 (FP8)
+    v_scale_ptr,  # one float32 (FP8)
     acc_ptr,  # [items, Hq, splits, D] float32
     stats_ptr,  # [items, Hq, splits, 2] float32: running maximum and denominator
     scale_log2,  # softmax scale * log2(e)
@@ -58,6 +60,7 @@ def decode_fwd_kernel(
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
     SOFT: tl.constexpr,
+    FP8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -86,6 +89,8 @@ def decode_fwd_kernel(
     p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
     p_kv = kv_ptr + i_h.to(tl.int64) * stride_kv_head
     i_units = i_i.to(tl.int64) * stride_units_item + i_h * stride_units_head
+    if FP8:
+        scale_log2 = scale_log2 * tl.load(k_scale_ptr)
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
@@ -97,8 +102,8 @@ def decode_fwd_kernel(
         o_kv = token_offsets(o_pos, m_n, p_table, stride_kv_block, stride_kv_token, PAGE)
         p_k = p_kv + o_kv[:, None] + o_d[None, :]
         m_kv = m_n[:, None] & m_d[None, :]
-        b_k = tl.load(p_k, mask=m_kv, other=0.0)  # [N, D_PAD]
-        b_v = tl.load(p_k + D, mask=m_kv, other=0.0)  # [N, D_PAD]
+        b_k = tl.load(p_k, mask=m_kv, other=0.0).to(b_q.dtype)  # [N, D_PAD]
+        b_v = tl.load(p_k + D, mask=m_kv, other=0.0).to(b_q.dtype)  # [N, D_PAD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l)
@@ -108,6 +113,8 @@ def decode_fwd_kernel(
             b_p = b_p * b_gate[None, :]
         b_acc = b_acc * b_alpha[:, None]
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+    if FP8:
+        b_acc = b_acc * tl.load(v_scale_ptr)
 
     i_out = (i_i.to(tl.int64) * tl.num_programs(1) * G + i_q) * splits + i_s
     tl.store(acc_ptr + i_out[:, None] * D + o_d[None, :], b_acc, mask=m_q)
@@ -190,6 +197,7 @@ def decode(
     out: torch.Tensor,
     workspace: tuple[torch.Tensor, torch.Tensor],
     max_tokens: int,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """See ``reference.decode``.
 
@@ -205,15 +213,16 @@ def decode(
     splits, split_tokens = split_sizes(max_tokens)
     acc, stats = workspace
     scalars = (*budget_arguments(budget), units.shape[2], split_tokens, splits)
-    tiles = tile_sizes(head_dim, group, kv_cache.element_size())
+    tiles = tile_sizes(head_dim, group, query.element_size())
     decode_fwd_kernel[(items, heads, splits)](
         query, kv_cache, block_table, item_row, item_position,
-        units, units if gates is None else gates, acc, stats,
+        units, units if gates is None else gates, *(kv_scales or (units, units)), acc, stats,
         scale * math.log2(math.e), *scalars,
         query.stride(0), query.stride(1),
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table.stride(0), units.stride(0), units.stride(1),
         G=group, D=head_dim, PAGE=page, UNIT=budget.unit, SOFT=gates is not None,
+        FP8=kv_scales is not None,
         **tiles, **OPTIONS,
     )  # fmt: skip
     reduce_fwd_kernel[(items, query_heads)](
@@ -227,7 +236,7 @@ COMPILE_CASES = [
     *(
         (
             decode_fwd_kernel,
-            f"*{dtype} *{dtype} *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 fp32 "
+            f"*{dtype} *{cache} *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 *fp32 fp32 "
             "i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32",
             {
                 "G": group,
@@ -235,15 +244,17 @@ COMPILE_CASES = [
                 "PAGE": page,
                 "UNIT": unit,
                 "SOFT": soft,
+                "FP8": cache == "fp8e4nv",
                 **tile_sizes(head_dim, group, 2),
             },
             OPTIONS,
         )
-        for dtype, group, head_dim, page, unit, soft in [
-            ("bf16", 4, 128, 16, 1, False),
-            ("bf16", 4, 128, 16, 16, False),
-            ("fp16", 7, 80, 32, 1, True),
-            ("bf16", 3, 256, 128, 128, True),
+        for dtype, cache, group, head_dim, page, unit, soft in [
+            ("bf16", "bf16", 4, 128, 16, 1, False),
+            ("bf16", "bf16", 4, 128, 16, 16, False),
+            ("fp16", "fp16", 7, 80, 32, 1, True),
+            ("bf16", "bf16", 3, 256, 128, 128, True),
+            ("bf16", "fp8e4nv", 4, 128, 16, 1, False),
         ]
     ),
     (

@@ -28,6 +28,7 @@ def prefill(
     budget: Budget,
     scale: float,
     out: torch.Tensor,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     impl: str = "auto",
 ) -> None:
     """Several queries per item, all inside one refresh block of R positions.
@@ -35,8 +36,8 @@ def prefill(
     Args:
         query: [T, Hq, D], all tokens of the batch; or [rows, T, Hq, D]: every row of the block
             table has tokens of its own.
-        key_cache, value_cache: [num_blocks, H, page, D] of the same dtype, any strides: two
-            tensors, or the halves of vLLM's packed cache.
+        key_cache, value_cache: [num_blocks, H, page, D] of the same dtype or float8_e4m3fn, any
+            strides: two tensors, or the halves of vLLM's packed cache.
         block_table: [rows, max_blocks] int32. With one column a row is one block.
         item_row: [items] int32 (negative: skip).
         item_position: [items] int32, absolute position of the item's first query.
@@ -45,6 +46,8 @@ def prefill(
         units: [items, H, K] int32; gates: [items, H, K] float32 or None.
         budget, scale: the budget and the softmax scale.
         out: of query's shape, written in place for the items' queries only.
+        kv_scales: k_scale and v_scale, float32 tensors of one element; a float8_e4m3fn cache
+            times them gives keys and values. Needed with such a cache only.
         impl: auto, triton, cpu or reference.
 
     Raises:
@@ -55,7 +58,7 @@ def prefill(
         raise ValueError(f"query must have 3 or 4 dimensions, got shape {tuple(query.shape)}")
     check_attention(
         query, {"key_cache": key_cache, "value_cache": value_cache}, block_table, item_row,
-        item_position, units, gates, budget, out,
+        item_position, units, gates, budget, out, kv_scales,
     )  # fmt: skip
     rows = block_table.shape[0]
     if query.dim() == 4:
@@ -69,8 +72,8 @@ def prefill(
     check_shape("item_query_len", item_query_len, tuple(item_row.shape))
     module = implementation("prefill", impl, query.device)
     if module.__name__.endswith("triton"):
-        require(kernel_takes(query))
+        require(kernel_takes(query, key_cache))
     module.prefill(
         query, key_cache, value_cache, block_table, item_row, item_position, item_query_start,
-        item_query_len, units, gates, budget, scale, out,
+        item_query_len, units, gates, budget, scale, out, kv_scales,
     )  # fmt: skip

@@ -22,6 +22,7 @@ def prefill(
     budget: Budget,
     scale: float,
     out: torch.Tensor,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Several queries per item, all inside one refresh block of R positions.
 
@@ -36,6 +37,7 @@ def prefill(
         units: [items, H, K] int32; gates: [items, H, K] float32 or None.
         budget, scale: the budget and the softmax scale.
         out: [rows, T, Hq, D], written in place for the items' queries only.
+        kv_scales: see ``attend_one``.
     """
     for item, row in enumerate(item_row.tolist()):
         if row < 0:
@@ -45,7 +47,7 @@ def prefill(
             out[row, start + offset] = attend_one(
                 query[row, start + offset], key_cache, value_cache, block_table[row],
                 int(item_position[item]) + offset, units[item],
-                None if gates is None else gates[item], budget, scale,
+                None if gates is None else gates[item], budget, scale, kv_scales,
             )  # fmt: skip
 
 

@@ -49,12 +49,15 @@ def place_gates(o_n, sinks, kept, p_gates, UNIT: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p_cache, b_offset, o_d, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Keys or values [N, D_PAD] of the tokens at ``b_offset``, 0 where that is negative."""
+def load_rows(p_cache, b_offset, o_d, dtype: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Keys or values [N, D_PAD] of the tokens at ``b_offset``, 0 where that is negative.
+
+    They are of ``dtype``, which holds every number of an fp8 cache.
+    """
     m_c = (b_offset >= 0)[:, None]
     if D < D_PAD:
         m_c = m_c & (o_d < D)[None, :]
-    return tl.load(p_cache + b_offset[:, None] + o_d[None, :], mask=m_c, other=0.0)
+    return tl.load(p_cache + b_offset[:, None] + o_d[None, :], mask=m_c, other=0.0).to(dtype)
 
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units"])
@@ -69,6 +72,8 @@ def prefill_fwd_kernel(
     item_query_len_ptr,  # [items] int32
     units_ptr,  # [items, H, K] int32
     gates_ptr,  # [items, H, K] float32 (SOFT)
+    k_scale_ptr,  # one float32 (FP8)
+    v_scale_ptr,  # one float32 (FP8)
     out_ptr,  # [rows, T, Hq, D]
     scale_log2,  # softmax scale * log2(e)
     first_unit,
@@ -99,6 +104,7 @@ def prefill_fwd_kernel(
     UNIT: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
     SOFT: tl.constexpr,
+    FP8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -135,6 +141,8 @@ def prefill_fwd_kernel(
     p_k = k_ptr + i_h.to(tl.int64) * stride_k_head
     p_v = v_ptr + i_h.to(tl.int64) * stride_v_head
     i_units = i_i.to(tl.int64) * stride_units_item + i_h * stride_units_head
+    if FP8:
+        scale_log2 = scale_log2 * tl.load(k_scale_ptr)
     p_units = units_ptr + i_units
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
@@ -151,11 +159,11 @@ def prefill_fwd_kernel(
     # all sinks
     plain = tl.where(position >= sinks, (sinks + kept * UNIT) // BLOCK_N * BLOCK_N, 0)
     for start in range(0, plain, BLOCK_N):
-        b_k = load_rows(p_k, b_offset, o_d, D, D_PAD)
+        b_k = load_rows(p_k, b_offset, o_d, b_q.dtype, D, D_PAD)
         if SAME_STRIDES:
-            b_v = load_rows(p_v, b_offset, o_d, D, D_PAD)
+            b_v = load_rows(p_v, b_offset, o_d, b_q.dtype, D, D_PAD)
         else:
-            b_v = load_rows(p_v, b_v_offset, o_d, D, D_PAD)
+            b_v = load_rows(p_v, b_v_offset, o_d, b_q.dtype, D, D_PAD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
         b_s += tl.where(b_offset >= 0, 0.0, float("-inf"))[None, :]
         b_offset = place_offsets(b_pos, p_table, stride_k_block, stride_k_token, PAGE)
@@ -170,11 +178,11 @@ def prefill_fwd_kernel(
         b_acc = b_acc * b_alpha[:, None]
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
     for start in range(plain, total, BLOCK_N):
-        b_k = load_rows(p_k, b_offset, o_d, D, D_PAD)
+        b_k = load_rows(p_k, b_offset, o_d, b_q.dtype, D, D_PAD)
         if SAME_STRIDES:
-            b_v = load_rows(p_v, b_offset, o_d, D, D_PAD)
+            b_v = load_rows(p_v, b_offset, o_d, b_q.dtype, D, D_PAD)
         else:
-            b_v = load_rows(p_v, b_v_offset, o_d, D, D_PAD)
+            b_v = load_rows(p_v, b_v_offset, o_d, b_q.dtype, D, D_PAD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
         # places of kept units count as position 0
         o_n = start + o_b
@@ -193,6 +201,8 @@ def prefill_fwd_kernel(
             b_p *= place_gates(start + o_b, sinks, kept, gates_ptr + i_units, UNIT)[None, :]
         b_acc = b_acc * b_alpha[:, None]
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+    if FP8:
+        b_acc = b_acc * tl.load(v_scale_ptr)
 
     o_out = i_row * stride_out_row + i_t * stride_out_token + i_q * stride_out_head
     p_out = out_ptr + o_out[:, None] + o_d[None, :]
@@ -256,6 +266,7 @@ def prefill(
     budget: Budget,
     scale: float,
     out: torch.Tensor,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """See ``reference.prefill``."""
     items = item_row.shape[0]
@@ -265,28 +276,31 @@ def prefill(
     heads, page = key_cache.shape[1:3]
     group = query_heads // heads
     # no item can have more queries than the batch has tokens
-    tiles = tile_sizes(head_dim, group, budget.refresh, key_cache.element_size())
+    tiles = tile_sizes(head_dim, group, budget.refresh, query.element_size())
     rows = min(budget.refresh, tokens) * group
     prefill_fwd_kernel[(items, heads, triton.cdiv(rows, tiles["BLOCK_M"]))](
         query, key_cache, value_cache, block_table, item_row, item_position, item_query_start,
-        item_query_len, units, units if gates is None else gates, out,
+        item_query_len, units, units if gates is None else gates,
+        *(kv_scales or (units, units)), out,
         scale * math.log2(math.e), *budget_arguments(budget), units.shape[2],
         *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
         block_table.stride(0), units.stride(0), units.stride(1), *out.stride()[:3],
         G=group, D=head_dim, PAGE=page_argument(page, block_table.shape[1]), UNIT=budget.unit,
         SAME_STRIDES=key_cache.stride() == value_cache.stride(), SOFT=gates is not None,
+        FP8=kv_scales is not None,
         **tiles, **options(tiles["BLOCK_M"]),
     )  # fmt: skip
 
 
 _TYPES = (
-    "*{0} *{0} *{0} *i32 *i32 *i32 *i32 *i32 *i32 *fp32 *{0} fp32 i32 i32 i32 i32 i64 i32 "
-    "i64 i32 i32 i64 i32 i32 i64 i32 i32 i32 i32 i32 i64 i32 i32"
+    "*{0} *{1} *{1} *i32 *i32 *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *{0} fp32 "
+    "i32 i32 i32 i32 i64 i32 i64 i32 i32 i64 i32 i32 i64 i32 i32 i32 i32 i32 i64 i32 i32"
 )
 
 
 def compile_case(
     dtype: str,
+    cache: str,
     group: int,
     head_dim: int,
     page: int,
@@ -299,9 +313,10 @@ def compile_case(
     tiles = tile_sizes(head_dim, group, refresh, 4 if dtype == "fp32" else 2)
     constexprs = {
         "G": group, "D": head_dim, "PAGE": page, "UNIT": unit, "SAME_STRIDES": same_strides,
-        "SOFT": soft, **tiles,
+        "SOFT": soft, "FP8": cache == "fp8e4nv", **tiles,
     }  # fmt: skip
-    return prefill_fwd_kernel, _TYPES.format(dtype), constexprs, options(tiles["BLOCK_M"])
+    types = _TYPES.format(dtype, cache)
+    return prefill_fwd_kernel, types, constexprs, options(tiles["BLOCK_M"])
 
 
 ITEMS_CASE: tuple[Any, str, dict[str, Any], dict[str, int]] = (
@@ -309,17 +324,18 @@ ITEMS_CASE: tuple[Any, str, dict[str, Any], dict[str, int]] = (
     {"num_warps": 4},
 )  # fmt: skip
 COMPILE_CASES = [
-    ITEMS_CASE,
     *(
         compile_case(*case)
         for case in [
-            # dtype, G, D, page, unit, R, soft
-            ("bf16", 4, 128, 16, 1, 64, False),
-            ("bf16", 4, 128, 16, 16, 128, False),
-            ("fp16", 7, 80, 32, 1, 1, True),
-            ("bf16", 3, 256, 128, 128, 64, True),
-            ("fp16", 1, 128, 0, 1, 128, False),
-            ("fp16", 1, 128, 0, 16, 64, False, False),
+            # dtype, of the cache, G, D, page, unit, R, soft
+            ("bf16", "bf16", 4, 128, 16, 1, 64, False),
+            ("bf16", "bf16", 4, 128, 16, 16, 128, False),
+            ("fp16", "fp16", 7, 80, 32, 1, 1, True),
+            ("bf16", "bf16", 3, 256, 128, 128, 64, True),
+            ("bf16", "fp8e4nv", 4, 128, 16, 1, 64, False),
+            ("fp16", "fp16", 1, 128, 0, 1, 128, False),
+            ("fp16", "fp16", 1, 128, 0, 16, 64, False, False),
         ]
     ),
+    ITEMS_CASE,
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparsek.kernels.common.dispatch import check_shape, check_tensor, implementation
-from vllm_sparsek.kernels.common.validate import FLOATS
+from vllm_sparsek.kernels.common.validate import FLOATS, FP8
 
 
 def write_scores(
@@ -80,7 +80,8 @@ def keydiff(
     """Score new tokens by how unlike the keys before them they are (causal KeyDiff).
 
     Args:
-        kv_cache: [num_blocks, H, page, 2 * D]; the new tokens' keys are already in it.
+        kv_cache: [num_blocks, H, page, 2 * D]; the new tokens' keys are already in it. The
+            scale of an fp8 cache does not matter: cosines have none.
         block_table: [rows, max_blocks] int32.
         query_start_loc: [rows + 1] int32; the last query_len tokens of each row are new.
         seq_lens: [rows] int32, context including the new tokens.
@@ -94,7 +95,7 @@ def keydiff(
         RuntimeError: ``impl`` cannot run here.
     """
     device = kv_cache.device
-    check_tensor("kv_cache", kv_cache, 4, FLOATS, device)
+    check_tensor("kv_cache", kv_cache, 4, (*FLOATS, FP8), device)
     check_tensor("block_table", block_table, 2, torch.int32, device)
     check_tensor("query_start_loc", query_start_loc, 1, torch.int32, device)
     check_tensor("seq_lens", seq_lens, 1, torch.int32, device)

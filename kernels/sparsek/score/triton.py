@@ -228,10 +228,14 @@ COMPILE_CASES = [
     *(
         (
             keydiff_fwd_kernel,
-            "*bf16 *i32 *i32 *i32 *fp32 *fp32 i64 i32 i32 i32 i64 i32 i64 i32",
+            f"*{dtype} *i32 *i32 *i32 *fp32 *fp32 i64 i32 i32 i32 i64 i32 i64 i32",
             {"D": d, "D_PAD": d_pad, "PAGE": page, "PAGE_PAD": page},
             {"num_warps": keydiff_warps(page, d_pad)},
         )
-        for d, d_pad, page in [(80, 128, 16), (128, 128, 128)]
+        for dtype, d, d_pad, page in [
+            ("bf16", 80, 128, 16),
+            ("bf16", 128, 128, 128),
+            ("fp8e4nv", 128, 128, 16),
+        ]
     ),
 ]
