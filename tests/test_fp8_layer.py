@@ -122,8 +122,8 @@ def test_sparse_queries_read_dequantised_tokens_that_the_scorer_chose(scorer):
         units, _ = select_reference.select(scores, TABLE, row, position, budget, "lse", False)
     for index, at in enumerate(checked):
         exact = attend_one(
-            query[at].double(), dequantised.double(), TABLE[0], at, units[index], None, budget,
-            scale,
+            query[at].double(), *dequantised.double().chunk(2, dim=-1), TABLE[0], at,
+            units[index], None, budget, scale,
         )  # fmt: skip
         torch.testing.assert_close(out[at].double(), exact, rtol=0, atol=1e-5)
     assert out[:64].isnan().all()

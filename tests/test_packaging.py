@@ -95,7 +95,7 @@ def test_every_source_file_is_in_the_wheel(names):
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, package in folders.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".j2") or path.name == "py.typed"
+        if path.suffix in (".py", ".yaml", ".j2", ".h", ".cpp") or path.name == "py.typed"
     }
     for name in ("kernels/decode/triton.py", "configs/balanced.yaml", "configs/bench/arms.yaml",
                  "serving_bench/report/report.html.j2", "py.typed"):  # fmt: skip
@@ -114,7 +114,7 @@ def test_nothing_else_is_in_the_wheel(names):
     scorers = "vllm_sparsek/configs/scorers/"
     inside = {name for name in names if ".dist-info/" not in name and not name.startswith(scorers)}
     assert {Path(name).suffix for name in inside if not name.endswith("py.typed")} == {
-        ".py", ".yaml", ".j2"
+        ".py", ".yaml", ".j2", ".h", ".cpp"
     }  # fmt: skip
 
 

@@ -49,6 +49,11 @@ COMMANDS = (
         "convert a published KVzap scorer into a scorer file",
     ),
     Command(
+        ("export-kernels",),
+        "vllm_sparsek.export.cli",
+        "compile the kernels for C++: a header, a launcher and the binaries as one source file",
+    ),
+    Command(
         ("eval",),
         "vllm_sparsek.evaluation.cli",
         "quality of sparse attention against dense: perplexity, RULER's tasks, passkey",

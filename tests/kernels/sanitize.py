@@ -11,6 +11,7 @@ import sys
 import torch
 from caches import NAN, build, chosen, items_of, paged_view, quantised, slots
 
+from vllm_sparsek import attention_forward
 from vllm_sparsek.kernels.bounds import api as bounds_api
 from vllm_sparsek.kernels.bounds import reference as bounds_reference
 from vllm_sparsek.kernels.common.budget import Budget
@@ -134,16 +135,30 @@ def attention(
     query = torch.randn(start[2] + 1, heads * group, head_dim).bfloat16()
     expected = torch.full_like(query, NAN)
     prefill_reference.prefill(
-        query, paged.kv_cache, paged.block_table, *items, units, gates, budget, scale, expected,
-        kv_scales,
+        query[None].expand(len(LENGTHS), -1, -1, -1), *paged.kv_cache.chunk(2, dim=-1),
+        paged.block_table, *items, units, gates, budget, scale,
+        expected[None].expand(len(LENGTHS), -1, -1, -1), kv_scales,
     )  # fmt: skip
     out = torch.full_like(query, NAN, device=DEVICE)
     prefill_api.prefill(
-        query.to(DEVICE), there.kv_cache, there.block_table, *(i.to(DEVICE) for i in items),
-        units.to(DEVICE), None if gates is None else gates.to(DEVICE), budget, scale, out,
-        on_gpu_scales,
+        query.to(DEVICE), *there.kv_cache.chunk(2, dim=-1), there.block_table,
+        *(i.to(DEVICE) for i in items), units.to(DEVICE),
+        None if gates is None else gates.to(DEVICE), budget, scale, out, on_gpu_scales,
     )  # fmt: skip
     compare(f"prefill {label}", out, expected, TOLERANCE)
+
+
+def dense_layout(settings: dict, queries: int) -> None:
+    """attention_forward on tensors that end where their last token ends."""
+    q = torch.randn(2, 4, queries, 80).half()
+    k, v = torch.randn(2, 2, 301, 80).half(), torch.randn(2, 301, 2, 80).half().transpose(1, 2)
+    scores = torch.randn(2, 2, 301)
+    expected = attention_forward(q, k, v, scores=scores, config=settings, impl="reference")
+    out = attention_forward(
+        q.to(DEVICE), k.to(DEVICE), v.transpose(1, 2).to(DEVICE).transpose(1, 2),
+        scores=scores.to(DEVICE), config=settings,
+    )  # fmt: skip
+    compare(f"dense layout {queries=} {settings}", out, expected, TOLERANCE)
 
 
 def main() -> int:
@@ -163,6 +178,9 @@ def main() -> int:
     attention(256, 128, 3, Budget(128, 9, 1, 64, 128), True)
     attention(64, 16, 1, Budget(8, 8, 2, 16, 1, 0.15), False)
     attention(128, 16, 4, Budget(64, 16, 4, 64, 16), False, fp8=True)
+    dense_layout({"k": 48, "window": 9, "sinks": 3}, 301)
+    dense_layout({"k": 48, "window": 9, "sinks": 17, "granularity": "page"}, 7)
+    dense_layout({"k": 32, "window": 9, "sinks": 0, "refresh": 1, "mode": "soft_v"}, 40)
     torch.cuda.synchronize()
     print("all kernels agree with their references")
     return 0

@@ -35,6 +35,17 @@ def decode_arguments(device):
     }
 
 
+def of_prefill(arguments):
+    """The same for prefill: one query an item, keys and values as the halves of the cache."""
+    key, value = arguments["kv_cache"].chunk(2, dim=-1)
+    item = torch.arange(arguments["item_row"].numel(), device=key.device).int()
+    rest = {name: value for name, value in arguments.items() if name != "kv_cache"}
+    return {
+        **rest, "key_cache": key, "value_cache": value, "item_query_start": item,
+        "item_query_len": torch.ones_like(item),
+    }  # fmt: skip
+
+
 WRONG_ATTENTION = {
     "query-of-wrong-rank": ("query", lambda t: t[0], ValueError),
     "query-heads-not-a-multiple": ("query", lambda t: t[:, :7], ValueError),
@@ -60,9 +71,8 @@ def test_decode_and_prefill_name_the_argument_they_refuse(wrong):
     arguments[name] = change(arguments[name])
     with pytest.raises(error, match=name):
         decode_api.decode(**arguments)
-    item = torch.zeros(2, dtype=torch.int32)
-    with pytest.raises(error, match=name):
-        prefill_api.prefill(**arguments, item_query_start=item, item_query_len=item)
+    with pytest.raises(error, match=name.replace("kv_cache", "key_cache")):
+        prefill_api.prefill(**of_prefill(arguments))
 
 
 def test_head_sizes_without_a_kernel_are_refused_by_name(device):
@@ -168,10 +178,7 @@ def test_a_batch_without_items_is_no_error(device):
         arguments[name] = arguments[name][:0]
     for impl in ("triton", "auto"):
         decode_api.decode(**arguments, impl=impl)
-        prefill_api.prefill(
-            **arguments, item_query_start=arguments["item_row"],
-            item_query_len=arguments["item_row"], impl=impl,
-        )  # fmt: skip
+        prefill_api.prefill(**of_prefill(arguments), impl=impl)
         select_api.select(
             torch.zeros(3, 2, 16, device=device), arguments["block_table"],
             arguments["item_row"], arguments["item_position"], BUDGET, "lse", False,

@@ -102,8 +102,8 @@ def prefill(device, paged, kv_scales, query, items, units, gates, budget, scale,
     start = torch.arange(len(query), dtype=torch.int32, device=device)
     out = torch.full_like(query, NAN)
     prefill_api.prefill(
-        query, paged.kv_cache, paged.block_table, *items, start, torch.ones_like(start), units,
-        gates, budget, scale, out, kv_scales=kv_scales, impl=impl,
+        query, *paged.kv_cache.chunk(2, dim=-1), paged.block_table, *items, start,
+        torch.ones_like(start), units, gates, budget, scale, out, kv_scales=kv_scales, impl=impl,
     )  # fmt: skip
     return out.cpu()
 
@@ -137,7 +137,7 @@ def test_a_chunk_that_shares_a_selection_is_exact_at_every_query(device):
         there = paged.to(device)
         out = torch.full_like(query, NAN, device=device)
         prefill_api.prefill(
-            query.to(device), there.kv_cache, there.block_table,
+            query.to(device), *there.kv_cache.chunk(2, dim=-1), there.block_table,
             *on(device, row, position, start, length, units), None, budget, scale, out,
             kv_scales=tuple(on(device, *kv_scales)), impl=impl,
         )  # fmt: skip

@@ -39,9 +39,9 @@ def attend(paged, query, items, units, gates, budget, scale, impl="triton"):
     device = paged.kv_cache.device
     out = torch.full_like(query, NAN, device=device)
     api.prefill(
-        query.to(device), paged.kv_cache, paged.block_table, *(i.to(device) for i in items),
-        units.to(device), None if gates is None else gates.to(device), budget, scale, out,
-        impl=impl,
+        query.to(device), *paged.kv_cache.chunk(2, dim=-1), paged.block_table,
+        *(i.to(device) for i in items), units.to(device),
+        None if gates is None else gates.to(device), budget, scale, out, impl=impl,
     )  # fmt: skip
     return out.cpu()
 
@@ -78,9 +78,10 @@ def problem(case, seed=0):
 def test_prefill_is_as_exact_as_low_precision_attention(case, device):
     paged, query, items, units, gates, budget, scale = problem(case)
     exact = torch.full(query.shape, NAN, dtype=torch.float64)
+    shared = len(paged.lengths), -1, -1, -1
     reference.prefill(
-        query.double(), paged.kv_cache.double(), paged.block_table, *items, units, gates, budget,
-        scale, exact,
+        query.double().expand(shared), *paged.kv_cache.double().chunk(2, dim=-1),
+        paged.block_table, *items, units, gates, budget, scale, exact.expand(shared),
     )  # fmt: skip
     eager = torch.full_like(query, NAN)
     for item, (row, position, start, length) in enumerate(

@@ -351,6 +351,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             base = replace(items.bases, item_base=items.bases.item_base[part]) if shared else None
             self._select(query, m.block_table, row, position, budget, units, gates, bases=base)
             prefill_api.prefill(
-                query, kv_cache, m.block_table, row, position, items.query_start[part],
-                items.query_len[part], units, gates, budget, self.scale, output, kv_scales,
+                query, *kv_cache.chunk(2, dim=-1), m.block_table, row, position,
+                items.query_start[part], items.query_len[part], units, gates, budget,
+                self.scale, output, kv_scales,
             )  # fmt: skip

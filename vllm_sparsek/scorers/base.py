@@ -67,6 +67,18 @@ class Scorer(ABC):
     ) -> torch.Tensor:
         """Scores of tokens: key, value [T, H, D], positions [T] -> [T, H] float32."""
 
+    def score_rows(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Scores of whole contexts from position 0: key, value [B, H, S, D] -> [B, H, S] float32.
+
+        For tensors outside the paged cache. One row at a time, which bounds the scratch memory.
+        """
+        positions = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
+        scores = [
+            self.score(k.transpose(0, 1), v.transpose(0, 1), positions).T
+            for k, v in zip(key, value, strict=True)
+        ]
+        return torch.stack(scores) if scores else key.new_empty(key.shape[:3], dtype=torch.float32)
+
     def write(self, batch: ScoreBatch) -> None:
         """Score the new tokens of a batch into the score cache."""
         from vllm_sparsek.kernels.score import api

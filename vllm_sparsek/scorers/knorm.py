@@ -18,4 +18,5 @@ class KNormScorer(Scorer):
         self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """See ``Scorer.score``."""
-        return -key.float().norm(dim=-1)
+        # without a float32 copy of the keys
+        return -torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32)

@@ -57,6 +57,7 @@ def sparse_attention(
     q = query.transpose(0, 1).contiguous()
     out = torch.empty_like(q)
     prefill_api.prefill(
-        q, kv_cache, table, row, position, position, length, units, None, budget, scale, out
-    )
+        q, *kv_cache.chunk(2, dim=-1), table, row, position, position, length, units, None, budget,
+        scale, out,
+    )  # fmt: skip
     return torch.cat([dense, out[first:].transpose(0, 1)], dim=1)

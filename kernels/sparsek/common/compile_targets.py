@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from vllm_sparsek.kernels.common.validate import FP8_CAPABILITY
@@ -39,10 +39,15 @@ def compile_cases(
             yield f"{operation}-{kernel.__name__}-{dtype}-{variant}", case
 
 
-def compile_kernel(case: tuple[Any, str, dict[str, Any], dict[str, int]], capability: int) -> Any:
+def compile_kernel(
+    case: tuple[Any, str, dict[str, Any], dict[str, int]],
+    capability: int,
+    any_multiple: Collection[str] = (),
+) -> Any:
     """Compile one case for ``capability`` (90 means 9.0); needs no GPU.
 
-    Pointers and strides are declared divisible by 16, as the launcher finds them.
+    Pointers and strides are declared divisible by 16, as the launcher finds them, save the
+    strides named in ``any_multiple``.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -53,7 +58,8 @@ def compile_kernel(case: tuple[Any, str, dict[str, Any], dict[str, int]], capabi
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constexprs else next(remaining)
-        if signature[name].startswith("*") or name.startswith("stride_"):
+        stride = name.startswith("stride_") and name not in any_multiple
+        if signature[name].startswith("*") or stride:
             attributes[(index,)] = [["tt.divisibility", 16]]
     if next(remaining, None) is not None:
         raise ValueError(f"{kernel.__name__}: more argument types than arguments")

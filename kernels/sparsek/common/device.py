@@ -31,6 +31,19 @@ def budget_arguments(budget: Budget) -> tuple[int, int, int, int, int]:
     return budget.first_unit(), budget.window, budget.refresh, budget.k, share_bits
 
 
+def page_argument(page: int, columns: int) -> int:
+    """The constexpr PAGE of a kernel that reads a cache through a block table.
+
+    Args:
+        page: tokens of a block; columns: columns of the block table.
+
+    Returns:
+        ``page``, or 0 where the table has one column: a row is one block then, of a length that
+        is not worth a compilation.
+    """
+    return 0 if columns == 1 else page
+
+
 @triton.jit
 def units_kept(start, k, share_bits, UNIT: tl.constexpr):
     """Units that the selection made at position ``start`` keeps; as ``Budget.units_kept``."""
@@ -112,9 +125,14 @@ def token_offsets(
     stride_token,
     PAGE: tl.constexpr,
 ):
-    """Offsets [N] int64 of tokens in a paged cache, within one head."""
-    b_block = tl.load(p_table + o_pos // PAGE, mask=m_n, other=0).to(tl.int64)
-    return b_block * stride_block + (o_pos % PAGE).to(tl.int64) * stride_token
+    """Offsets [N] int64 of tokens in a paged cache, within one head; see ``page_argument``."""
+    if PAGE == 0:
+        b_block = tl.load(p_table).to(tl.int64)
+        o_token = o_pos
+    else:
+        b_block = tl.load(p_table + o_pos // PAGE, mask=m_n, other=0).to(tl.int64)
+        o_token = o_pos % PAGE
+    return b_block * stride_block + o_token.to(tl.int64) * stride_token
 
 
 @triton.jit

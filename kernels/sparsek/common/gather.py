@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
@@ -94,37 +96,47 @@ def window_positions(heads: int, position: int, last: int, budget: Budget) -> to
     return torch.arange(min(end, last + 1), last + 1).expand(heads, -1)
 
 
-def cache_rows(
-    kv_cache: torch.Tensor, blocks: torch.Tensor, position: torch.Tensor
-) -> torch.Tensor:
-    """Rows of ``kv_rows`` of one request's tokens: positions [H, m] -> [H, m] int64."""
-    heads, page, _ = kv_cache.shape[1:]
-    _, step = kv_rows(kv_cache)
-    index = blocks[position // page].long() * step + position % page
-    return index + torch.arange(heads)[:, None] * page
-
-
-def gather_rows(
-    kv_cache: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of cache rows.
+def token_table(cache: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """A cache of any strides as a table that has a row for every token of every KV head.
 
     Args:
-        kv_cache: [num_blocks, H, page, 2 * D]; rows: [H, m] rows of ``kv_rows(kv_cache)``.
-        gates: [H, g] value weights of the first g rows, or None; the others weigh 1.
-        dtype: of the result, for caches that hold another.
+        cache: [num_blocks, H, page, width], last stride 1.
 
     Returns:
-        key, value: [H, m, D].
+        rows [R, width] (a view, whose rows may overlap), and the rows from one block, one head
+        and one token to the next.
     """
-    heads, width = rows.shape[0], kv_cache.shape[3]
-    table, _ = kv_rows(kv_cache)
-    found = table.index_select(0, rows.flatten()).view(heads, -1, width).to(dtype)
-    key, value = found.split(width // 2, dim=-1)
-    if gates is not None:
-        weighted = value[:, : gates.shape[1]].float() * gates[..., None]
-        value = torch.cat([weighted.to(value.dtype), value[:, gates.shape[1] :]], dim=1)
-    return key, value
+    sizes = cache.shape[:3]
+    strides = [
+        stride if size > 1 else 0 for size, stride in zip(sizes, cache.stride(), strict=False)
+    ]
+    unit = math.gcd(*strides) or cache.shape[3]
+    block, head, token = (stride // unit for stride in strides)
+    total = 1 + (sizes[0] - 1) * block + (sizes[1] - 1) * head + (sizes[2] - 1) * token
+    return cache.as_strided((total, cache.shape[3]), (unit, 1)), (block, head, token)
+
+
+def cache_rows(cache: torch.Tensor, blocks: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Rows of ``token_table`` of one request's tokens: positions [H, m] -> [H, m] int64."""
+    heads, page = cache.shape[1:3]
+    _, (block, head, token) = token_table(cache)
+    index = blocks[position // page].long() * block + position % page * token
+    return index + torch.arange(heads)[:, None] * head
+
+
+def take_rows(cache: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens of a cache: rows [H, m] of ``token_table(cache)`` -> [H, m, width] of ``dtype``."""
+    table, _ = token_table(cache)
+    found = table.index_select(0, rows.flatten()).view(*rows.shape, cache.shape[3])
+    return found.to(dtype)
+
+
+def weigh_values(value: torch.Tensor, gates: torch.Tensor | None) -> torch.Tensor:
+    """Values [H, m, D] with the first g weighed by gates [H, g]; without gates as they are."""
+    if gates is None:
+        return value
+    weighted = value[:, : gates.shape[1]].float() * gates[..., None]
+    return torch.cat([weighted.to(value.dtype), value[:, gates.shape[1] :]], dim=1)
 
 
 def scale_numbers(kv_scales: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[float, float]:

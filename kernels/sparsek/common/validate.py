@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 
@@ -24,20 +25,20 @@ def _capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
-def kernel_takes(query: torch.Tensor, kv_cache: torch.Tensor) -> tuple[bool, str]:
+def kernel_takes(query: torch.Tensor, cache: torch.Tensor) -> tuple[bool, str]:
     """Whether the Triton attention kernels take this head size and these dtypes, and why not."""
     if query.shape[-1] not in KERNEL_HEAD_DIMS:
         return False, f"head_dim is {query.shape[-1]}: the Triton kernels take {KERNEL_HEAD_DIMS}"
     if query.dtype not in KERNEL_FLOATS:
         return False, f"query is {query.dtype}: the Triton kernels take {KERNEL_FLOATS}"
-    if kv_cache.dtype == FP8 and query.is_cuda and _capability(query.device) < FP8_CAPABILITY:
-        return False, f"kv_cache is {FP8}: that takes a GPU of compute capability 8.9 or later"
+    if cache.dtype == FP8 and query.is_cuda and _capability(query.device) < FP8_CAPABILITY:
+        return False, f"the cache is {FP8}: that takes a GPU of compute capability 8.9 or later"
     return True, ""
 
 
 def check_attention(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
+    caches: Mapping[str, torch.Tensor],
     block_table: torch.Tensor,
     item_row: torch.Tensor,
     item_position: torch.Tensor,
@@ -49,40 +50,51 @@ def check_attention(
 ) -> None:
     """Refuse arguments that no implementation takes; attribute comparisons only, no sync.
 
+    Args:
+        query: [..., Hq, D]; caches: by name [num_blocks, H, page, 2 * D], keys then values, or
+            two of [num_blocks, H, page, D]; the others: see decode and prefill.
+
     Raises:
         ValueError, TypeError: the message names the argument.
     """
     device = query.device
-    check_tensor("query", query, 3, FLOATS, device)
-    check_tensor("kv_cache", kv_cache, 4, (query.dtype, FP8), device)
-    if (kv_cache.dtype == FP8) != (kv_scales is not None):
+    check_tensor("query", query, query.dim(), FLOATS, device)
+    query_heads, head_dim = query.shape[-2:]
+    width = 2 * head_dim if len(caches) == 1 else head_dim
+    (name, first), *others = caches.items()
+    check_tensor(name, first, 4, (query.dtype, FP8), device)
+    if first.shape[3] != width:
         raise ValueError(
-            f"kv_scales go with a {FP8} kv_cache and no other: kv_cache is {kv_cache.dtype}, "
+            f"{name} must end in {width} numbers for queries of head_dim {head_dim}, got shape "
+            f"{tuple(first.shape)}"
+        )
+    for other, cache in others:
+        check_tensor(other, cache, 4, first.dtype, device)
+        check_shape(other, cache, tuple(first.shape))
+    if (first.dtype == FP8) != (kv_scales is not None):
+        raise ValueError(
+            f"kv_scales go with a {FP8} cache and no other: {name} is {first.dtype}, "
             f"kv_scales are {'missing' if kv_scales is None else 'given'}"
         )
-    for name, scale in zip(("k_scale", "v_scale"), kv_scales or (), strict=False):
+    for scale_name, scale in zip(("k_scale", "v_scale"), kv_scales or (), strict=False):
         if scale.dtype != torch.float32:
-            raise TypeError(f"kv_scales {name} must be torch.float32, got {scale.dtype}")
+            raise TypeError(f"kv_scales {scale_name} must be torch.float32, got {scale.dtype}")
         if scale.numel() != 1 or scale.device != device:
             raise ValueError(
-                f"kv_scales {name} must be one number on {device}, got shape "
+                f"kv_scales {scale_name} must be one number on {device}, got shape "
                 f"{tuple(scale.shape)} on {scale.device}"
             )
     check_tensor("block_table", block_table, 2, torch.int32, device)
     check_tensor("item_row", item_row, 1, torch.int32, device)
     check_tensor("item_position", item_position, 1, torch.int32, device)
     check_tensor("units", units, 3, torch.int32, device)
-    check_tensor("out", out, 3, query.dtype, device)
-    _, heads, page, width = kv_cache.shape
-    query_heads, head_dim = query.shape[1:]
-    if width != 2 * head_dim:
-        raise ValueError(f"kv_cache must end in 2 * D = {2 * head_dim} numbers, got {width}")
-    if kv_cache.stride(2) < width:
-        raise ValueError(f"kv_cache tokens overlap: strides {kv_cache.stride()}")
+    check_tensor("out", out, query.dim(), query.dtype, device)
+    _, heads, page, _ = first.shape
     if query_heads % heads:
         raise ValueError(f"query has {query_heads} heads, not a multiple of the {heads} KV heads")
-    if budget.unit > 1 and budget.unit % page and page % budget.unit:
-        raise ValueError(f"budget.unit {budget.unit} and the page of kv_cache {page} do not nest")
+    # a row that is one block has no page borders
+    if block_table.shape[1] > 1 and budget.unit % page and page % budget.unit:
+        raise ValueError(f"budget.unit {budget.unit} and the page of {name} {page} do not nest")
     items = item_row.shape[0]
     check_shape("item_position", item_position, (items,))
     check_shape("units", units, (items, heads, units.shape[2]))

@@ -11,7 +11,7 @@ from vllm_sparsek.kernels.common.dispatch import (
     implementation,
     require,
 )
-from vllm_sparsek.kernels.common.validate import check_attention, kernel_takes
+from vllm_sparsek.kernels.common.validate import FLOATS, check_attention, kernel_takes
 from vllm_sparsek.kernels.decode.splits import workspace_shapes
 
 __all__ = ["decode", "workspace_shapes"]
@@ -57,11 +57,12 @@ def decode(
         ValueError, TypeError: an argument, named in the message, does not fit.
         RuntimeError: ``impl`` cannot run here.
     """
-    check_attention(
-        query, kv_cache, block_table, item_row, item_position, units, gates, budget, out,
-        kv_scales,
-    )  # fmt: skip
+    check_tensor("query", query, 3, FLOATS, query.device)
     check_shape("query", query, (item_row.shape[0], *query.shape[1:]))
+    check_attention(
+        query, {"kv_cache": kv_cache}, block_table, item_row, item_position, units, gates, budget,
+        out, kv_scales,
+    )  # fmt: skip
     module = implementation("decode", impl, query.device)
     arguments = (
         query, kv_cache, block_table, item_row, item_position, units, gates, budget, scale, out,

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.gather import (
     cache_rows,
-    gather_rows,
     kept_gates,
     kept_positions,
     scale_numbers,
+    take_rows,
+    weigh_values,
     window_positions,
 )
 
@@ -28,14 +29,15 @@ def attend_rows(
 
     Args:
         query: [Hq, D]; kv_cache: [num_blocks, H, page, 2 * D].
-        rows, gates: see ``gather_rows``.
+        rows: [H, m], see ``cache_rows``; gates: [H, g] or None, see ``weigh_values``.
         scale: softmax scale; kv_scales: see ``reference.attend_one``.
 
     Returns:
         [Hq, D].
     """
     heads, head_dim = rows.shape[0], query.shape[-1]
-    key, value = gather_rows(kv_cache, rows, gates, query.dtype)
+    key, value = take_rows(kv_cache, rows, query.dtype).split(head_dim, dim=-1)
+    value = weigh_values(value, gates)
     # the query heads of a group are queries of one KV head: all see the same tokens
     q = query.view(heads, 1, -1, head_dim)
     k_scale, v_scale = scale_numbers(kv_scales)

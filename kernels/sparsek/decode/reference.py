@@ -32,7 +32,8 @@ def visible_positions(position: int, kept_units: torch.Tensor, budget: Budget) -
 
 def attend_one(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
     blocks: torch.Tensor,
     position: int,
     units: torch.Tensor,
@@ -45,7 +46,7 @@ def attend_one(
 
     Args:
         query: [Hq, D].
-        kv_cache: [num_blocks, H, page, 2 * D], keys then values.
+        key_cache, value_cache: [num_blocks, H, page, D].
         blocks: [max_blocks], the request's row of the block table.
         position: absolute query position.
         units: [H, K] kept units padded with -1; gates: [H, K] or None.
@@ -55,15 +56,15 @@ def attend_one(
     Returns:
         [Hq, D] in the query's dtype.
     """
-    page, heads, head_dim = kv_cache.shape[2], kv_cache.shape[1], query.shape[-1]
+    heads, page = key_cache.shape[1:3]
     group = query.shape[0] // heads
     out = torch.empty_like(query)
     for head in range(heads):
         kept = units[head][units[head] >= 0]
         visible = visible_positions(position, kept, budget)
-        rows = kv_cache[blocks[visible // page].long(), head, visible % page]  # [m, 2D]
-        rows = rows.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
-        key, value = rows[:, :head_dim], rows[:, head_dim:]
+        at = blocks[visible // page].long(), head, visible % page
+        exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+        key, value = key_cache[at].to(exact), value_cache[at].to(exact)  # [m, D]
         if kv_scales is not None:
             key, value = key * kv_scales[0], value * kv_scales[1]
         q = query[head * group : (head + 1) * group].to(key.dtype)
@@ -109,6 +110,6 @@ def decode(
         if row < 0:
             continue
         out[item] = attend_one(
-            query[item], kv_cache, block_table[row], position, units[item],
+            query[item], *kv_cache.chunk(2, dim=-1), block_table[row], position, units[item],
             None if gates is None else gates[item], budget, scale, kv_scales,
         )  # fmt: skip

@@ -8,17 +8,19 @@ import torch.nn.functional as F
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.gather import (
     cache_rows,
-    gather_rows,
     kept_gates,
     kept_positions,
     scale_numbers,
+    take_rows,
+    weigh_values,
     window_positions,
 )
 
 
 def prefill(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
     block_table: torch.Tensor,
     item_row: torch.Tensor,
     item_position: torch.Tensor,
@@ -32,7 +34,8 @@ def prefill(
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """See ``reference.prefill``."""
-    heads, head_dim = kv_cache.shape[1], query.shape[-1]
+    heads, head_dim = key_cache.shape[1], query.shape[-1]
+    same_rows = key_cache.stride() == value_cache.stride()
     k_scale, v_scale = scale_numbers(kv_scales)
     for item, (row, first, start, length) in enumerate(
         zip(
@@ -45,13 +48,13 @@ def prefill(
         last = first + length - 1
         kept = kept_positions(units[item], first, last, budget)
         position = torch.cat([kept, window_positions(heads, first, last, budget)], dim=1)
-        key, value = gather_rows(
-            kv_cache,
-            cache_rows(kv_cache, block_table[row], position),
-            None if gates is None else kept_gates(gates[item], kept.shape[1], budget),
-            query.dtype,
-        )
-        q = query[start : start + length].view(length, heads, -1, head_dim).permute(1, 2, 0, 3)
+        rows = cache_rows(key_cache, block_table[row], position)
+        key = take_rows(key_cache, rows, query.dtype)
+        if not same_rows:
+            rows = cache_rows(value_cache, block_table[row], position)
+        gate = None if gates is None else kept_gates(gates[item], kept.shape[1], budget)
+        value = weigh_values(take_rows(value_cache, rows, query.dtype), gate)
+        q = query[row, start : start + length].unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
         mask = None
         if length > 1:
             # kept units lie before every query: any head's positions give the causal mask
@@ -63,4 +66,4 @@ def prefill(
         )  # fmt: skip
         if kv_scales is not None:
             o = o * v_scale
-        out[start : start + length] = o.permute(2, 0, 1, 3).reshape(length, -1, head_dim)
+        out[row, start : start + length] = o.permute(2, 0, 1, 3).reshape(length, -1, head_dim)

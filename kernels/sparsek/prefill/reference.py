@@ -10,7 +10,8 @@ from vllm_sparsek.kernels.decode.reference import attend_one
 
 def prefill(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
     block_table: torch.Tensor,
     item_row: torch.Tensor,
     item_position: torch.Tensor,
@@ -26,15 +27,16 @@ def prefill(
     """Several queries per item, all inside one refresh block of R positions.
 
     Args:
-        query: [T, Hq, D], all tokens of the batch.
-        kv_cache: [num_blocks, H, page, 2 * D]; block_table: [rows, max_blocks] int32.
+        query: [rows, T, Hq, D]; a stride of 0 where all rows share the tokens of a batch.
+        key_cache, value_cache: [num_blocks, H, page, D].
+        block_table: [rows, max_blocks] int32.
         item_row: [items] int32 (negative: skip).
         item_position: [items] int32, absolute position of the item's first query.
-        item_query_start: [items] int32, index of the item's first query in ``query``.
+        item_query_start: [items] int32, token index of the item's first query in ``query``.
         item_query_len: [items] int32, queries of the item, 1..R.
         units: [items, H, K] int32; gates: [items, H, K] float32 or None.
         budget, scale: the budget and the softmax scale.
-        out: [T, Hq, D], written in place for the items' queries only.
+        out: [rows, T, Hq, D], written in place for the items' queries only.
         kv_scales: see ``attend_one``.
     """
     for item, row in enumerate(item_row.tolist()):
@@ -42,8 +44,8 @@ def prefill(
             continue
         start, length = int(item_query_start[item]), int(item_query_len[item])
         for offset in range(length):
-            out[start + offset] = attend_one(
-                query[start + offset], kv_cache, block_table[row],
+            out[row, start + offset] = attend_one(
+                query[row, start + offset], key_cache, value_cache, block_table[row],
                 int(item_position[item]) + offset, units[item],
                 None if gates is None else gates[item], budget, scale, kv_scales,
             )  # fmt: skip

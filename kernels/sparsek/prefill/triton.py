@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -15,11 +16,13 @@ from vllm_sparsek.kernels.common.device import (
     budget_arguments,
     list_bounds,
     list_positions,
+    page_argument,
     softmax_step,
     token_offsets,
 )
 
 MAX_BLOCK_M = 128
+ITEMS_BLOCK = 256  # items per program of ``items_fwd_kernel``
 
 
 @triton.jit
@@ -46,23 +49,22 @@ def place_gates(o_n, sinks, kept, p_gates, UNIT: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_kv, b_offset, o_d, dtype: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Keys and values [N, D_PAD] of the tokens at ``b_offset``, 0 where that is negative.
+def load_rows(p_cache, b_offset, o_d, dtype: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Keys or values [N, D_PAD] of the tokens at ``b_offset``, 0 where that is negative.
 
     They are of ``dtype``, which holds every number of an fp8 cache.
     """
-    m_kv = (b_offset >= 0)[:, None]
+    m_c = (b_offset >= 0)[:, None]
     if D < D_PAD:
-        m_kv = m_kv & (o_d < D)[None, :]
-    p_k = p_kv + b_offset[:, None] + o_d[None, :]
-    b_k = tl.load(p_k, mask=m_kv, other=0.0).to(dtype)
-    return b_k, tl.load(p_k + D, mask=m_kv, other=0.0).to(dtype)
+        m_c = m_c & (o_d < D)[None, :]
+    return tl.load(p_cache + b_offset[:, None] + o_d[None, :], mask=m_c, other=0.0).to(dtype)
 
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units"])
 def prefill_fwd_kernel(
-    q_ptr,  # [T, Hq, D]
-    kv_ptr,  # [num_blocks, H, page, 2 * D]
+    q_ptr,  # [rows, T, Hq, D]
+    k_ptr,  # [num_blocks, H, page, D]
+    v_ptr,  # [num_blocks, H, page, D]
     block_table_ptr,  # [rows, max_blocks] int32
     item_row_ptr,  # [items] int32
     item_position_ptr,  # [items] int32, position of the first query
@@ -72,7 +74,7 @@ def prefill_fwd_kernel(
     gates_ptr,  # [items, H, K] float32 (SOFT)
     k_scale_ptr,  # one float32 (FP8)
     v_scale_ptr,  # one float32 (FP8)
-    out_ptr,  # [T, Hq, D]
+    out_ptr,  # [rows, T, Hq, D]
     scale_log2,  # softmax scale * log2(e)
     first_unit,
     window,
@@ -80,14 +82,19 @@ def prefill_fwd_kernel(
     k,
     share_bits,
     max_units,  # K
+    stride_q_row,
     stride_q_token,
     stride_q_head,
-    stride_kv_block,
-    stride_kv_head,
-    stride_kv_token,
+    stride_k_block,
+    stride_k_head,
+    stride_k_token,
+    stride_v_block,
+    stride_v_head,
+    stride_v_token,
     stride_table_row,
     stride_units_item,
     stride_units_head,
+    stride_out_row,
     stride_out_token,
     stride_out_head,
     G: tl.constexpr,
@@ -95,12 +102,16 @@ def prefill_fwd_kernel(
     D_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
     SOFT: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M (query, head) pairs of one (item, KV head); the heads of a query lie together."""
+    """BLOCK_M (query, head) pairs of one (item, KV head); the heads of a query lie together.
+
+    SAME_STRIDES: values lie as keys do, so that one offset serves both.
+    """
     i_i, i_h, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(item_row_ptr + i_i)
     queries = tl.load(item_query_len_ptr + i_i)
@@ -119,13 +130,16 @@ def prefill_fwd_kernel(
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
     m_q = (o_query < queries)[:, None] & m_d[None, :]
-    i_q = i_h * G + o_m % G
+    i_row = row.to(tl.int64)
+    i_q = (i_h * G + o_m % G).to(tl.int64)
     i_t = tl.load(item_query_start_ptr + i_i).to(tl.int64) + o_query
-    p_q = q_ptr + (i_t * stride_q_token + i_q * stride_q_head)[:, None] + o_d[None, :]
+    p_q = q_ptr + i_row * stride_q_row + (i_t * stride_q_token + i_q * stride_q_head)[:, None]
+    p_q += o_d[None, :]
     b_q = tl.load(p_q, mask=m_q, other=0.0)  # [M, D_PAD]
 
-    p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
-    p_kv = kv_ptr + i_h.to(tl.int64) * stride_kv_head
+    p_table = block_table_ptr + i_row * stride_table_row
+    p_k = k_ptr + i_h.to(tl.int64) * stride_k_head
+    p_v = v_ptr + i_h.to(tl.int64) * stride_v_head
     i_units = i_i.to(tl.int64) * stride_units_item + i_h * stride_units_head
     if FP8:
         scale_log2 = scale_log2 * tl.load(k_scale_ptr)
@@ -137,16 +151,24 @@ def prefill_fwd_kernel(
     # are copied asynchronously, are waited for
     o_b = tl.arange(0, BLOCK_N)
     b_pos = place_positions(o_b, sinks, kept, window_start, total, p_units, UNIT)
-    b_offset = place_offsets(b_pos, p_table, stride_kv_block, stride_kv_token, PAGE)
+    b_offset = place_offsets(b_pos, p_table, stride_k_block, stride_k_token, PAGE)
+    if not SAME_STRIDES:
+        b_v_offset = place_offsets(b_pos, p_table, stride_v_block, stride_v_token, PAGE)
     b_pos = place_positions(o_b + BLOCK_N, sinks, kept, window_start, total, p_units, UNIT)
     # all queries see the kept units, which end before the window; a short prompt's may not see
     # all sinks
     plain = tl.where(position >= sinks, (sinks + kept * UNIT) // BLOCK_N * BLOCK_N, 0)
     for start in range(0, plain, BLOCK_N):
-        b_k, b_v = load_tile(p_kv, b_offset, o_d, b_q.dtype, D, D_PAD)
+        b_k = load_rows(p_k, b_offset, o_d, b_q.dtype, D, D_PAD)
+        if SAME_STRIDES:
+            b_v = load_rows(p_v, b_offset, o_d, b_q.dtype, D, D_PAD)
+        else:
+            b_v = load_rows(p_v, b_v_offset, o_d, b_q.dtype, D, D_PAD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
         b_s += tl.where(b_offset >= 0, 0.0, float("-inf"))[None, :]
-        b_offset = place_offsets(b_pos, p_table, stride_kv_block, stride_kv_token, PAGE)
+        b_offset = place_offsets(b_pos, p_table, stride_k_block, stride_k_token, PAGE)
+        if not SAME_STRIDES:
+            b_v_offset = place_offsets(b_pos, p_table, stride_v_block, stride_v_token, PAGE)
         b_pos = place_positions(
             start + 2 * BLOCK_N + o_b, sinks, kept, window_start, total, p_units, UNIT
         )
@@ -156,7 +178,11 @@ def prefill_fwd_kernel(
         b_acc = b_acc * b_alpha[:, None]
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
     for start in range(plain, total, BLOCK_N):
-        b_k, b_v = load_tile(p_kv, b_offset, o_d, b_q.dtype, D, D_PAD)
+        b_k = load_rows(p_k, b_offset, o_d, b_q.dtype, D, D_PAD)
+        if SAME_STRIDES:
+            b_v = load_rows(p_v, b_offset, o_d, b_q.dtype, D, D_PAD)
+        else:
+            b_v = load_rows(p_v, b_v_offset, o_d, b_q.dtype, D, D_PAD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
         # places of kept units count as position 0
         o_n = start + o_b
@@ -164,7 +190,9 @@ def prefill_fwd_kernel(
         o_pos = tl.where((o_n >= sinks) & (o_n < sinks + kept * UNIT), 0, o_pos)
         m_s = (b_offset >= 0)[None, :] & (o_pos[None, :] <= (position + o_query)[:, None])
         b_s = tl.where(m_s, b_s, float("-inf"))
-        b_offset = place_offsets(b_pos, p_table, stride_kv_block, stride_kv_token, PAGE)
+        b_offset = place_offsets(b_pos, p_table, stride_k_block, stride_k_token, PAGE)
+        if not SAME_STRIDES:
+            b_v_offset = place_offsets(b_pos, p_table, stride_v_block, stride_v_token, PAGE)
         b_pos = place_positions(
             start + 2 * BLOCK_N + o_b, sinks, kept, window_start, total, p_units, UNIT
         )
@@ -176,8 +204,35 @@ def prefill_fwd_kernel(
     if FP8:
         b_acc = b_acc * tl.load(v_scale_ptr)
 
-    p_out = out_ptr + (i_t * stride_out_token + i_q * stride_out_head)[:, None] + o_d[None, :]
+    o_out = i_row * stride_out_row + i_t * stride_out_token + i_q * stride_out_head
+    p_out = out_ptr + o_out[:, None] + o_d[None, :]
     tl.store(p_out, (b_acc / b_l[:, None]).to(out_ptr.dtype.element_ty), mask=m_q)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "refresh", "blocks", "items"])
+def items_fwd_kernel(
+    item_row_ptr,  # [items] int32, as the next three
+    item_position_ptr,
+    item_query_start_ptr,
+    item_query_len_ptr,
+    queries,  # of every row, the last of
+    keys,
+    refresh,
+    blocks,  # refresh blocks that the queries of a row touch
+    items,  # rows * blocks
+    BLOCK: tl.constexpr,
+):
+    """The items of rows of equal length, for callers that have none on the host."""
+    o_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_i = o_i < items
+    first = keys - queries
+    b_block = first // refresh + o_i % blocks
+    b_position = tl.maximum(b_block * refresh, first)
+    tl.store(item_row_ptr + o_i, o_i // blocks, mask=m_i)
+    tl.store(item_position_ptr + o_i, b_position, mask=m_i)
+    tl.store(item_query_start_ptr + o_i, b_position - first, mask=m_i)
+    b_end = tl.minimum((b_block + 1) * refresh, keys)
+    tl.store(item_query_len_ptr + o_i, b_end - b_position, mask=m_i)
 
 
 def tile_sizes(head_dim: int, group: int, refresh: int, itemsize: int) -> dict[str, int]:
@@ -199,7 +254,8 @@ def options(block_m: int) -> dict[str, int]:
 
 def prefill(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
     block_table: torch.Tensor,
     item_row: torch.Tensor,
     item_position: torch.Tensor,
@@ -216,52 +272,70 @@ def prefill(
     items = item_row.shape[0]
     if items == 0:
         return
-    query_heads, head_dim = query.shape[1:]
-    heads, page = kv_cache.shape[1], kv_cache.shape[2]
+    tokens, query_heads, head_dim = query.shape[1:]
+    heads, page = key_cache.shape[1:3]
     group = query_heads // heads
     # no item can have more queries than the batch has tokens
     tiles = tile_sizes(head_dim, group, budget.refresh, query.element_size())
-    rows = min(budget.refresh, query.shape[0]) * group
+    rows = min(budget.refresh, tokens) * group
     prefill_fwd_kernel[(items, heads, triton.cdiv(rows, tiles["BLOCK_M"]))](
-        query, kv_cache, block_table, item_row, item_position, item_query_start,
+        query, key_cache, value_cache, block_table, item_row, item_position, item_query_start,
         item_query_len, units, units if gates is None else gates,
         *(kv_scales or (units, units)), out,
         scale * math.log2(math.e), *budget_arguments(budget), units.shape[2],
-        query.stride(0), query.stride(1),
-        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
-        block_table.stride(0), units.stride(0), units.stride(1),
-        out.stride(0), out.stride(1),
-        G=group, D=head_dim, PAGE=page, UNIT=budget.unit, SOFT=gates is not None,
+        *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
+        block_table.stride(0), units.stride(0), units.stride(1), *out.stride()[:3],
+        G=group, D=head_dim, PAGE=page_argument(page, block_table.shape[1]), UNIT=budget.unit,
+        SAME_STRIDES=key_cache.stride() == value_cache.stride(), SOFT=gates is not None,
         FP8=kv_scales is not None,
         **tiles, **options(tiles["BLOCK_M"]),
     )  # fmt: skip
 
 
-_CASES = [
-    # dtype, of the cache, G, D, page, unit, R, soft
-    ("bf16", "bf16", 4, 128, 16, 1, 64, False),
-    ("bf16", "bf16", 4, 128, 16, 16, 128, False),
-    ("fp16", "fp16", 7, 80, 32, 1, 1, True),
-    ("bf16", "bf16", 3, 256, 128, 128, 64, True),
-    ("bf16", "fp8e4nv", 4, 128, 16, 1, 64, False),
-]
-# (kernel, argument types, constexprs, options); see common/compile_targets.py
+_TYPES = (
+    "*{0} *{1} *{1} *i32 *i32 *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *{0} fp32 "
+    "i32 i32 i32 i32 i64 i32 i64 i32 i32 i64 i32 i32 i64 i32 i32 i32 i32 i32 i64 i32 i32"
+)
+
+
+def compile_case(
+    dtype: str,
+    cache: str,
+    group: int,
+    head_dim: int,
+    page: int,
+    unit: int,
+    refresh: int,
+    soft: bool,
+    same_strides: bool = True,
+) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
+    """One variant of ``prefill_fwd_kernel``, as ``common/compile_targets.py`` takes it."""
+    tiles = tile_sizes(head_dim, group, refresh, 4 if dtype == "fp32" else 2)
+    constexprs = {
+        "G": group, "D": head_dim, "PAGE": page, "UNIT": unit, "SAME_STRIDES": same_strides,
+        "SOFT": soft, "FP8": cache == "fp8e4nv", **tiles,
+    }  # fmt: skip
+    types = _TYPES.format(dtype, cache)
+    return prefill_fwd_kernel, types, constexprs, options(tiles["BLOCK_M"])
+
+
+ITEMS_CASE: tuple[Any, str, dict[str, Any], dict[str, int]] = (
+    items_fwd_kernel, "*i32 *i32 *i32 *i32 i32 i32 i32 i32 i32", {"BLOCK": ITEMS_BLOCK},
+    {"num_warps": 4},
+)  # fmt: skip
 COMPILE_CASES = [
-    (
-        prefill_fwd_kernel,
-        f"*{dtype} *{cache} *i32 *i32 *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *{dtype} fp32 "
-        "i32 i32 i32 i32 i64 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32 i32",
-        {
-            "G": group,
-            "D": head_dim,
-            "PAGE": page,
-            "UNIT": unit,
-            "SOFT": soft,
-            "FP8": cache == "fp8e4nv",
-            **tiles,
-        },
-        options(tiles["BLOCK_M"]),
-    )
-    for dtype, cache, group, head_dim, page, unit, refresh, soft in _CASES
-    for tiles in [tile_sizes(head_dim, group, refresh, 2)]
+    *(
+        compile_case(*case)
+        for case in [
+            # dtype, of the cache, G, D, page, unit, R, soft
+            ("bf16", "bf16", 4, 128, 16, 1, 64, False),
+            ("bf16", "bf16", 4, 128, 16, 16, 128, False),
+            ("fp16", "fp16", 7, 80, 32, 1, 1, True),
+            ("bf16", "bf16", 3, 256, 128, 128, 64, True),
+            ("bf16", "fp8e4nv", 4, 128, 16, 1, 64, False),
+            ("fp16", "fp16", 1, 128, 0, 1, 128, False),
+            ("fp16", "fp16", 1, 128, 0, 16, 64, False, False),
+        ]
+    ),
+    ITEMS_CASE,
 ]

@@ -35,7 +35,8 @@ def select(
 
     Args:
         scores: [num_blocks, H, page] float32 token scores in the paged score cache, no NaN.
-        block_table: [rows, max_blocks] int32, physical block of every logical block.
+        block_table: [rows, max_blocks] int32, physical block of every logical block. With one
+            column a row is one block, and its length no multiple of the unit.
         item_row: [items] int32, row of the block table; negative: an empty (padding) item.
         item_position: [items] int32, query position; its selection position follows from it.
         budget: the budget; its unit is 1 or, for pages, the page of the cache.
@@ -90,7 +91,7 @@ def select(
             gates_out,
         )  # fmt: skip
         return
-    require(module.supported(budget.unit, scores.shape[2]))
+    require(module.supported(budget.unit, scores.shape[2], block_table.shape[1]))
     if memo is not None:
         check_tensor("memo.stamps", memo.stamps, 3, torch.int32, device)
         check_shape("memo.stamps", memo.stamps, (*units_out.shape[:2], 4))

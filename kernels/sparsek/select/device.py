@@ -27,17 +27,25 @@ def load_unit_scores(
 ):
     """Scores [BLOCK] of units, -inf where masked; -0.0 is made 0.0: the two are equal.
 
-    POOLING "none": ``p_scores`` are scores of units, in the order of the context.
+    PAGE: see ``page_argument``. POOLING "none": ``p_scores`` are scores of units, in the order
+    of the context.
     """
     if POOLING == "none":
         b_z = tl.load(p_scores + o_u, mask=m_u, other=float("-inf"))
     elif UNIT == 1:
-        b_block = tl.load(p_table + o_u // PAGE, mask=m_u, other=0).to(tl.int64)
-        b_z = tl.load(p_scores + b_block * stride_block + o_u % PAGE, mask=m_u, other=float("-inf"))
+        if PAGE == 0:
+            o_score = tl.load(p_table).to(tl.int64) * stride_block + o_u
+        else:
+            b_block = tl.load(p_table + o_u // PAGE, mask=m_u, other=0).to(tl.int64)
+            o_score = b_block * stride_block + o_u % PAGE
+        b_z = tl.load(p_scores + o_score, mask=m_u, other=float("-inf"))
     else:
-        b_block = tl.load(p_table + o_u, mask=m_u, other=0).to(tl.int64)
+        if PAGE == 0:
+            o_score = tl.load(p_table).to(tl.int64) * stride_block + o_u * UNIT
+        else:
+            o_score = tl.load(p_table + o_u, mask=m_u, other=0).to(tl.int64) * stride_block
         o_c = tl.arange(0, POOL_CHUNK)
-        p_page = p_scores + b_block[:, None] * stride_block + o_c[None, :]
+        p_page = p_scores + o_score[:, None] + o_c[None, :]
         # chunks are combined element by element and reduced once, after the loop: a reduction
         # inside trips an assertion of Triton 3.6 (OptimizeThreadLocality)
         if POOLING == "mean":

@@ -13,6 +13,7 @@ from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,
     budget_arguments,
     end_unit,
+    page_argument,
     units_kept,
 )
 from vllm_sparsek.kernels.select.chunk import ChunkBases
@@ -99,8 +100,11 @@ def select_fwd_kernel(
         kept_units = tl.minimum(units_kept(b_stamp, k, share_bits, UNIT), max_units)
         kept_units = tl.minimum(kept_units, kept_end - first_unit)
         first_block = tl.load(p_table)
-        last_block = tl.load(p_table + tl.maximum(end * UNIT - 1, 0) // PAGE)
-        kept_last_block = tl.load(p_table + tl.maximum(kept_end * UNIT - 1, 0) // PAGE)
+        last_block = first_block
+        kept_last_block = first_block
+        if PAGE != 0:
+            last_block = tl.load(p_table + tl.maximum(end * UNIT - 1, 0) // PAGE)
+            kept_last_block = tl.load(p_table + tl.maximum(kept_end * UNIT - 1, 0) // PAGE)
         same_request = (
             (b_stamp >= 0)
             & (b_stamp <= start_position)
@@ -199,21 +203,29 @@ def base_fwd_kernel(
         )  # fmt: skip
 
 
-def supported(unit: int, page: int) -> tuple[bool, str]:
+def supported(unit: int, page: int, columns: int) -> tuple[bool, str]:
     """Whether the kernel selects units of ``unit`` tokens from pages of ``page``, and why not."""
-    if unit in (1, page):
+    if unit in (1, page) or page_argument(page, columns) == 0:
         return True, ""
     return False, f"budget.unit is {unit}: the Triton kernel selects tokens (1) or pages ({page})"
 
 
-def _tile(unit: int, pooling: str, soft: bool, width: int) -> tuple[dict[str, Any], dict[str, int]]:
-    """Constexprs and options of the kernels that keep up to ``width`` units."""
+def _tile(
+    unit: int, pooling: str, soft: bool, width: int | None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constexprs and options of the kernels that keep up to ``width`` units (None: any number)."""
     if unit > 1 and pooling != "none":
         return {"FOLD": False, "BLOCK": PAGE_BLOCK}, {"num_warps": PAGE_WARPS}
-    if soft or width > MAX_FOLD:
+    if soft or width is None or width > MAX_FOLD:
         return {"FOLD": False, "BLOCK": TOKEN_BLOCK}, {"num_warps": TOKEN_BLOCK // 512}
     block = max(TOKEN_BLOCK, triton.next_power_of_2(2 * width))
     return {"FOLD": True, "BLOCK": block}, {"num_warps": block // 512}
+
+
+def reads_once(unit: int, width: int, competing: int) -> bool:
+    """Whether a selection of ``width`` among so many units reads them once: a base is no gain."""
+    tile, _ = _tile(unit, "lse", False, width)
+    return bool(competing <= tile["BLOCK"])
 
 
 def select(
@@ -245,8 +257,8 @@ def select(
         base, base_bounds, item_base, *budget_arguments(budget), width,
         scores.stride(0), scores.stride(1), block_table.stride(0),
         units_out.stride(0), units_out.stride(1),
-        PAGE=scores.shape[2], UNIT=budget.unit, POOLING=pooling, SOFT=soft,
-        MEMO=memo is not None, BASE=bases is not None,
+        PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
+        POOLING=pooling, SOFT=soft, MEMO=memo is not None, BASE=bases is not None,
         **tile, **options,
     )  # fmt: skip
 
@@ -274,8 +286,8 @@ def _base_lists(
             scores, block_table, bases.bounds, lists, units,
             first_unit, window, k, share_bits, width, segment, segments,
             scores.stride(0), scores.stride(1), block_table.stride(0),
-            PAGE=scores.shape[2], UNIT=budget.unit, POOLING=pooling, UNION=union,
-            **tile, **options,
+            PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
+            POOLING=pooling, UNION=union, **tile, **options,
         )  # fmt: skip
         return units
 
@@ -316,20 +328,28 @@ _TYPES = (
 )
 
 
-# (kernel, argument types, constexprs, options); see common/compile_targets.py
+def compile_case(
+    page: int, unit: int, pooling: str, soft: bool, start: str, width: int | None
+) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
+    """One variant of ``select_fwd_kernel``, as ``common/compile_targets.py`` takes it.
+
+    ``start``: memo, base, or neither. ``width``: None for a variant that keeps any number.
+    """
+    tile, options = _tile(unit, pooling, soft, width)
+    constexprs = {
+        "PAGE": page, "UNIT": unit, "POOLING": pooling, "SOFT": soft, "MEMO": start == "memo",
+        "BASE": start == "base", **tile,
+    }  # fmt: skip
+    return select_fwd_kernel, _TYPES, constexprs, options
+
+
 COMPILE_CASES = [
     *(
-        (
-            select_fwd_kernel,
-            _TYPES,
-            {"PAGE": page, "UNIT": unit, "POOLING": pooling, "SOFT": soft, "MEMO": start == "memo",
-             "BASE": start == "base", **tile},
-            options,
-        )
-        for page, unit, pooling, soft, start, width in [
+        compile_case(*case)
+        for case in [
             (16, 1, "lse", False, "memo", 2048),
             (16, 1, "lse", False, "memo", 8192),
-            (16, 1, "lse", False, "memo", 32768),
+            (16, 1, "lse", False, "memo", None),
             (16, 1, "lse", True, "memo", 2048),
             (16, 1, "lse", False, "base", 2048),
             (16, 16, "lse", False, "memo", 128),
@@ -341,18 +361,20 @@ COMPILE_CASES = [
             (64, 64, "lse", False, "", 32),
             (48, 48, "lse", True, "", 32),
             (16, 16, "none", False, "", 128),
+            (0, 1, "lse", False, "", None),
+            (0, 1, "lse", False, "base", 2048),
+            (0, 16, "lse", False, "memo", 128),
         ]
-        for tile, options in [_tile(unit, pooling, soft, width)]
     ),
     *(
         (
             base_fwd_kernel,
             "*fp32 *i32 *i32 *i32 *i32 i32 i32 i32 i64 i32 i32 i32 i64 i32 i32",
-            {"PAGE": 16, "UNIT": unit, "POOLING": "lse", "UNION": union, **tile},
+            {"PAGE": page, "UNIT": unit, "POOLING": "lse", "UNION": union, **tile},
             options,
         )
-        for unit in (1, 16)
+        for page, unit in ((16, 1), (16, 16), (0, 1))
         for union in (False, True)
         for tile, options in [_tile(unit, "lse", False, 2048 // unit)]
     ),
-]  # fmt: skip
+]

@@ -44,8 +44,8 @@ def _prefill(inputs: Inputs, budget: Budget, s: int, items: Items, units: torch.
 
     def call() -> torch.Tensor:
         prefill_api.prefill(
-            query, inputs.kv_cache, inputs.table, items.row, items.position, items.start,
-            items.length, units, None, budget, inputs.scale, out,
+            query, *inputs.kv_cache.chunk(2, dim=-1), inputs.table, items.row, items.position,
+            items.start, items.length, units, None, budget, inputs.scale, out,
         )  # fmt: skip
         return by_request(out, inputs.case)
 

@@ -1,0 +1,1 @@
+"""The kernels for programs without Python: ``vllm-sparsek export-kernels``."""
