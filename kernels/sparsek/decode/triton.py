@@ -142,8 +142,9 @@ def reduce_fwd_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     UNIT: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
 ):
-    """Combine the splits of one (item, query head), in order."""
+    """Combine the splits of one (item, query head)."""
     i_i, i_q = tl.program_id(0), tl.program_id(1)
     if tl.load(item_row_ptr + i_i) < 0:
         return
@@ -153,22 +154,19 @@ def reduce_fwd_kernel(
     )
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
-    i_base = (i_i.to(tl.int64) * tl.num_programs(1) + i_q) * splits
-    b_max = tl.full([], float("-inf"), tl.float32)
-    b_sum = tl.full([], 0.0, tl.float32)
-    b_acc = tl.zeros([D_PAD], tl.float32)
+    o_s = tl.arange(0, SPLITS_PAD)
     # splits beyond the list wrote nothing
-    for i_s in range(0, (total + split_tokens - 1) // split_tokens):
-        b_m = tl.load(stats_ptr + (i_base + i_s) * 2)
-        b_l = tl.load(stats_ptr + (i_base + i_s) * 2 + 1)
-        b_a = tl.load(acc_ptr + (i_base + i_s) * D + o_d, mask=m_d, other=0.0)
-        b_new = tl.maximum(b_max, b_m)
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_old_weight = tl.exp2(b_max - b_safe)
-        b_weight = tl.exp2(b_m - b_safe)
-        b_acc = b_acc * b_old_weight + b_a * b_weight
-        b_sum = b_sum * b_old_weight + b_l * b_weight
-        b_max = b_new
+    m_s = o_s * split_tokens < total
+    i_s = (i_i.to(tl.int64) * tl.num_programs(1) + i_q) * splits + o_s
+    b_m = tl.load(stats_ptr + i_s * 2, mask=m_s, other=float("-inf"))
+    b_l = tl.load(stats_ptr + i_s * 2 + 1, mask=m_s, other=0.0)
+    b_a = tl.load(
+        acc_ptr + i_s[:, None] * D + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0
+    )
+    b_max = tl.max(b_m, 0)
+    b_weight = tl.exp2(b_m - tl.where(b_max == float("-inf"), 0.0, b_max))
+    b_sum = tl.sum(b_weight * b_l, 0)
+    b_acc = tl.sum(b_a * b_weight[:, None], 0)
     p_out = out_ptr + i_i.to(tl.int64) * stride_out_item + i_q * stride_out_head + o_d
     tl.store(p_out, (b_acc / b_sum).to(out_ptr.dtype.element_ty), mask=m_d)
 
@@ -180,7 +178,7 @@ def tile_sizes(head_dim: int, group: int, itemsize: int) -> dict[str, int]:
     return {
         "D_PAD": d_pad,
         "BLOCK_M": max(MIN_BLOCK_M, triton.next_power_of_2(group)),
-        "BLOCK_N": 32 if wide else 64,
+        "BLOCK_N": 32 if wide else 128,
     }
 
 
@@ -227,7 +225,8 @@ def decode(
     )  # fmt: skip
     reduce_fwd_kernel[(items, query_heads)](
         acc, stats, item_row, item_position, out, *scalars, out.stride(0), out.stride(1),
-        D=head_dim, D_PAD=tiles["D_PAD"], UNIT=budget.unit, num_warps=1,
+        D=head_dim, D_PAD=tiles["D_PAD"], UNIT=budget.unit,
+        SPLITS_PAD=triton.next_power_of_2(splits), num_warps=4,
     )  # fmt: skip
 
 
@@ -260,7 +259,7 @@ COMPILE_CASES = [
     (
         reduce_fwd_kernel,
         "*fp32 *fp32 *i32 *i32 *bf16 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32",
-        {"D": 80, "D_PAD": 128, "UNIT": 1},
-        {"num_warps": 1},
+        {"D": 80, "D_PAD": 128, "UNIT": 1, "SPLITS_PAD": 16},
+        {"num_warps": 4},
     ),
 ]

@@ -22,50 +22,94 @@ from vllm_sparsek.kernels.common.device import (
 )
 
 MAX_BLOCK_M = 128
+LIST_BLOCK = 1024  # places per program of ``lists_fwd_kernel``
+LIST_MULTIPLE = 128  # of the width of lists: a multiple of every BLOCK_N
 ITEMS_BLOCK = 256  # items per program of ``items_fwd_kernel``
 
 
-@triton.jit
-def place_positions(o_n, sinks, kept, window_start, total, p_units, UNIT: tl.constexpr):
-    """Token positions [N] at places ``o_n`` of the list, -1 where there is none."""
-    o_pos, m_n, _, _ = list_positions(o_n, sinks, kept, window_start, total, p_units, UNIT)
-    return tl.where(m_n, o_pos, -1)
+@triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "width"])
+def lists_fwd_kernel(
+    block_table_ptr,  # [rows, max_blocks] int32
+    item_row_ptr,  # [items] int32
+    item_position_ptr,  # [items] int32
+    item_query_len_ptr,  # [items] int32
+    units_ptr,  # [items, H, K] int32
+    slots_ptr,  # [items, H, width] int32
+    first_unit,
+    window,
+    refresh,
+    k,
+    share_bits,
+    max_units,  # K
+    width,
+    per_block,  # slots from one block of the cache to the next
+    stride_table_row,
+    stride_units_item,
+    stride_units_head,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where the tokens of lists lie: a slot is as many tokens behind the first one of its head.
 
-
-@triton.jit
-def place_offsets(b_pos, p_table, stride_block, stride_token, PAGE: tl.constexpr):
-    """Offsets [N] int64 in a paged cache of tokens at ``b_pos``, -1 where that is negative."""
-    m_n = b_pos >= 0
-    b_offset = token_offsets(b_pos, m_n, p_table, stride_block, stride_token, PAGE)
-    return tl.where(m_n, b_offset, -1)
-
-
-@triton.jit
-def place_gates(o_n, sinks, kept, p_gates, UNIT: tl.constexpr):
-    """Gates [N] of the places ``o_n``; they weigh values only, not the denominator."""
-    o_kept = o_n - sinks
-    m_kept = (o_kept >= 0) & (o_kept < kept * UNIT)
-    return tl.load(p_gates + o_kept // UNIT, mask=m_kept, other=1.0)
-
-
-@triton.jit
-def load_rows(p_cache, b_offset, o_d, dtype: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Keys or values [N, D_PAD] of the tokens at ``b_offset``, 0 where that is negative.
-
-    They are of ``dtype``, which holds every number of an fp8 cache.
+    A list is filled up with the item's first query, so that whole tiles can be loaded.
     """
-    m_c = (b_offset >= 0)[:, None]
+    i_i, i_h = tl.program_id(0), tl.program_id(1)
+    row = tl.load(item_row_ptr + i_i)
+    position = tl.load(item_position_ptr + i_i)
+    sinks, kept, window_start, total = list_bounds(
+        position, position + tl.load(item_query_len_ptr + i_i) - 1, first_unit, window, refresh, k,
+        share_bits, max_units, UNIT,
+    )  # fmt: skip
+    start = tl.program_id(2) * BLOCK
+    if (row < 0) | (start >= total):
+        return
+    o_n = start + tl.arange(0, BLOCK)
+    p_units = units_ptr + i_i.to(tl.int64) * stride_units_item + i_h * stride_units_head
+    o_pos, m_n, _, _ = list_positions(o_n, sinks, kept, window_start, total, p_units, UNIT)
+    o_pos = tl.where(m_n, o_pos, position)
+    p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
+    b_slot = token_offsets(o_pos, o_n < width, p_table, per_block, 1, PAGE)
+    p_slots = slots_ptr + (i_i.to(tl.int64) * tl.num_programs(1) + i_h) * width
+    tl.store(p_slots + o_n, b_slot.to(tl.int32), mask=o_n < width)
+
+
+@triton.jit
+def load_rows(
+    p, b_slot, stride_token, o_d, dtype: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
+):
+    """Keys or values [N, D_PAD] at slots [N]; ``dtype`` holds every number of an fp8 cache."""
+    p += b_slot.to(tl.int64)[:, None] * stride_token + o_d[None, :]
     if D < D_PAD:
-        m_c = m_c & (o_d < D)[None, :]
-    return tl.load(p_cache + b_offset[:, None] + o_d[None, :], mask=m_c, other=0.0).to(dtype)
+        return tl.load(p, mask=(o_d < D)[None, :], other=0.0).to(dtype)
+    return tl.load(p).to(dtype)
 
 
-@triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units"])
+@triton.jit
+def attend_tile(
+    b_q,
+    b_s,  # [M, N] logits in base 2, -inf where masked
+    b_v,
+    b_gate,  # [N] or None
+    b_m,
+    b_l,
+    b_acc,
+):
+    """One step of attention; gates weigh values only: the denominator is that of plain softmax."""
+    b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l)
+    if b_gate is not None:
+        b_p *= b_gate[None, :]
+    b_acc = b_acc * b_alpha[:, None]
+    b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+    return b_m, b_l, b_acc
+
+
+@triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "width"])
 def prefill_fwd_kernel(
     q_ptr,  # [rows, T, Hq, D]
     k_ptr,  # [num_blocks, H, page, D]
     v_ptr,  # [num_blocks, H, page, D]
-    block_table_ptr,  # [rows, max_blocks] int32
+    slots_ptr,  # [items, H, width] int32
     item_row_ptr,  # [items] int32
     item_position_ptr,  # [items] int32, position of the first query
     item_query_start_ptr,  # [items] int32
@@ -82,16 +126,14 @@ def prefill_fwd_kernel(
     k,
     share_bits,
     max_units,  # K
+    width,
     stride_q_row,
     stride_q_token,
     stride_q_head,
-    stride_k_block,
     stride_k_head,
     stride_k_token,
-    stride_v_block,
     stride_v_head,
     stride_v_token,
-    stride_table_row,
     stride_units_item,
     stride_units_head,
     stride_out_row,
@@ -100,18 +142,13 @@ def prefill_fwd_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    PAGE: tl.constexpr,
     UNIT: tl.constexpr,
-    SAME_STRIDES: tl.constexpr,
     SOFT: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M (query, head) pairs of one (item, KV head); the heads of a query lie together.
-
-    SAME_STRIDES: values lie as keys do, so that one offset serves both.
-    """
+    """BLOCK_M (query, head) pairs of one (item, KV head); the heads of a query lie together."""
     i_i, i_h, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(item_row_ptr + i_i)
     queries = tl.load(item_query_len_ptr + i_i)
@@ -137,70 +174,51 @@ def prefill_fwd_kernel(
     p_q += o_d[None, :]
     b_q = tl.load(p_q, mask=m_q, other=0.0)  # [M, D_PAD]
 
-    p_table = block_table_ptr + i_row * stride_table_row
     p_k = k_ptr + i_h.to(tl.int64) * stride_k_head
     p_v = v_ptr + i_h.to(tl.int64) * stride_v_head
+    p_slots = slots_ptr + (i_i.to(tl.int64) * tl.num_programs(1) + i_h) * width
     i_units = i_i.to(tl.int64) * stride_units_item + i_h * stride_units_head
+    p_units = units_ptr + i_units
+    p_gates = gates_ptr + i_units
     if FP8:
         scale_log2 = scale_log2 * tl.load(k_scale_ptr)
-    p_units = units_ptr + i_units
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    # where a tile's tokens lie is found out two steps ahead, so that only keys and values, which
-    # are copied asynchronously, are waited for
     o_b = tl.arange(0, BLOCK_N)
-    b_pos = place_positions(o_b, sinks, kept, window_start, total, p_units, UNIT)
-    b_offset = place_offsets(b_pos, p_table, stride_k_block, stride_k_token, PAGE)
-    if not SAME_STRIDES:
-        b_v_offset = place_offsets(b_pos, p_table, stride_v_block, stride_v_token, PAGE)
-    b_pos = place_positions(o_b + BLOCK_N, sinks, kept, window_start, total, p_units, UNIT)
-    # all queries see the kept units, which end before the window; a short prompt's may not see
-    # all sinks
-    plain = tl.where(position >= sinks, (sinks + kept * UNIT) // BLOCK_N * BLOCK_N, 0)
+    # whole tiles of sinks and kept units need no mask. Queries of a short prompt may not see all
+    # sinks; a list of which some unit is missing ends in -1
+    listed = sinks + kept * UNIT
+    complete = tl.load(p_units + tl.maximum(kept - 1, 0), mask=kept > 0, other=0) >= 0
+    plain = tl.where((position >= sinks) & complete, listed // BLOCK_N * BLOCK_N, 0)
     for start in range(0, plain, BLOCK_N):
-        b_k = load_rows(p_k, b_offset, o_d, b_q.dtype, D, D_PAD)
-        if SAME_STRIDES:
-            b_v = load_rows(p_v, b_offset, o_d, b_q.dtype, D, D_PAD)
-        else:
-            b_v = load_rows(p_v, b_v_offset, o_d, b_q.dtype, D, D_PAD)
+        b_slot = tl.load(p_slots + start + o_b)
+        b_k = load_rows(p_k, b_slot, stride_k_token, o_d, b_q.dtype, D, D_PAD)
+        b_v = load_rows(p_v, b_slot, stride_v_token, o_d, b_q.dtype, D, D_PAD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
-        b_s += tl.where(b_offset >= 0, 0.0, float("-inf"))[None, :]
-        b_offset = place_offsets(b_pos, p_table, stride_k_block, stride_k_token, PAGE)
-        if not SAME_STRIDES:
-            b_v_offset = place_offsets(b_pos, p_table, stride_v_block, stride_v_token, PAGE)
-        b_pos = place_positions(
-            start + 2 * BLOCK_N + o_b, sinks, kept, window_start, total, p_units, UNIT
-        )
-        b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l)
+        b_gate = None
         if SOFT:
-            b_p *= place_gates(start + o_b, sinks, kept, gates_ptr + i_units, UNIT)[None, :]
-        b_acc = b_acc * b_alpha[:, None]
-        b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+            o_kept = start + o_b - sinks
+            b_gate = tl.load(p_gates + o_kept // UNIT, mask=o_kept >= 0, other=1.0)
+        b_m, b_l, b_acc = attend_tile(b_q, b_s, b_v, b_gate, b_m, b_l, b_acc)
     for start in range(plain, total, BLOCK_N):
-        b_k = load_rows(p_k, b_offset, o_d, b_q.dtype, D, D_PAD)
-        if SAME_STRIDES:
-            b_v = load_rows(p_v, b_offset, o_d, b_q.dtype, D, D_PAD)
-        else:
-            b_v = load_rows(p_v, b_v_offset, o_d, b_q.dtype, D, D_PAD)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
-        # places of kept units count as position 0
         o_n = start + o_b
-        o_pos = tl.where(o_n < sinks, o_n, window_start + o_n - sinks - kept * UNIT)
-        o_pos = tl.where((o_n >= sinks) & (o_n < sinks + kept * UNIT), 0, o_pos)
-        m_s = (b_offset >= 0)[None, :] & (o_pos[None, :] <= (position + o_query)[:, None])
+        b_slot = tl.load(p_slots + o_n)
+        b_k = load_rows(p_k, b_slot, stride_k_token, o_d, b_q.dtype, D, D_PAD)
+        b_v = load_rows(p_v, b_slot, stride_v_token, o_d, b_q.dtype, D, D_PAD)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
+        o_kept = o_n - sinks
+        m_kept = (o_kept >= 0) & (o_n < listed)
+        m_n = tl.load(p_units + o_kept // UNIT, mask=m_kept, other=0) >= 0
+        # all queries see the kept units, which end before the window
+        o_pos = tl.where(o_n < sinks, o_n, window_start + o_n - listed)
+        o_pos = tl.where(m_kept, 0, o_pos)
+        m_s = (m_n & (o_n < total))[None, :] & (o_pos[None, :] <= (position + o_query)[:, None])
         b_s = tl.where(m_s, b_s, float("-inf"))
-        b_offset = place_offsets(b_pos, p_table, stride_k_block, stride_k_token, PAGE)
-        if not SAME_STRIDES:
-            b_v_offset = place_offsets(b_pos, p_table, stride_v_block, stride_v_token, PAGE)
-        b_pos = place_positions(
-            start + 2 * BLOCK_N + o_b, sinks, kept, window_start, total, p_units, UNIT
-        )
-        b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l)
+        b_gate = None
         if SOFT:
-            b_p *= place_gates(start + o_b, sinks, kept, gates_ptr + i_units, UNIT)[None, :]
-        b_acc = b_acc * b_alpha[:, None]
-        b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+            b_gate = tl.load(p_gates + o_kept // UNIT, mask=m_kept, other=1.0)
+        b_m, b_l, b_acc = attend_tile(b_q, b_s, b_v, b_gate, b_m, b_l, b_acc)
     if FP8:
         b_acc = b_acc * tl.load(v_scale_ptr)
 
@@ -252,6 +270,40 @@ def options(block_m: int) -> dict[str, int]:
     return {"num_warps": 8 if block_m > 64 else 4, "num_stages": 2}
 
 
+def slots_per_block(cache: torch.Tensor) -> int | None:
+    """Tokens of one head from one block of ``cache`` to the next, None if that is no number."""
+    between, rest = divmod(cache.stride(0), cache.stride(2))
+    return None if rest else between
+
+
+def list_slots(
+    block_table: torch.Tensor,
+    item_row: torch.Tensor,
+    item_position: torch.Tensor,
+    item_query_len: torch.Tensor,
+    units: torch.Tensor,
+    budget: Budget,
+    page: int,
+    per_block: int,
+) -> torch.Tensor:
+    """Where the tokens of all lists lie: [items, H, width] int32, see ``lists_fwd_kernel``.
+
+    Args:
+        page: see ``page_argument``; per_block: see ``slots_per_block``; the others: as prefill's.
+    """
+    items, heads, max_units = units.shape
+    longest = (budget.first_unit() + max_units + 1) * budget.unit + budget.window + budget.refresh
+    width = triton.cdiv(longest, LIST_MULTIPLE) * LIST_MULTIPLE
+    slots = torch.empty((items, heads, width), dtype=torch.int32, device=units.device)
+    lists_fwd_kernel[(items, heads, triton.cdiv(width, LIST_BLOCK))](
+        block_table, item_row, item_position, item_query_len, units, slots,
+        *budget_arguments(budget), max_units, width, per_block,
+        block_table.stride(0), units.stride(0), units.stride(1),
+        PAGE=page, UNIT=budget.unit, BLOCK=LIST_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return slots
+
+
 def prefill(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -275,18 +327,25 @@ def prefill(
     tokens, query_heads, head_dim = query.shape[1:]
     heads, page = key_cache.shape[1:3]
     group = query_heads // heads
+    if slots_per_block(key_cache) is None or (
+        slots_per_block(key_cache) != slots_per_block(value_cache)
+    ):
+        key_cache, value_cache = key_cache.contiguous(), value_cache.contiguous()
+    slots = list_slots(
+        block_table, item_row, item_position, item_query_len, units, budget,
+        page_argument(page, block_table.shape[1]), slots_per_block(key_cache) or 0,
+    )  # fmt: skip
     # no item can have more queries than the batch has tokens
     tiles = tile_sizes(head_dim, group, budget.refresh, query.element_size())
     rows = min(budget.refresh, tokens) * group
     prefill_fwd_kernel[(items, heads, triton.cdiv(rows, tiles["BLOCK_M"]))](
-        query, key_cache, value_cache, block_table, item_row, item_position, item_query_start,
+        query, key_cache, value_cache, slots, item_row, item_position, item_query_start,
         item_query_len, units, units if gates is None else gates,
         *(kv_scales or (units, units)), out,
-        scale * math.log2(math.e), *budget_arguments(budget), units.shape[2],
-        *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
-        block_table.stride(0), units.stride(0), units.stride(1), *out.stride()[:3],
-        G=group, D=head_dim, PAGE=page_argument(page, block_table.shape[1]), UNIT=budget.unit,
-        SAME_STRIDES=key_cache.stride() == value_cache.stride(), SOFT=gates is not None,
+        scale * math.log2(math.e), *budget_arguments(budget), units.shape[2], slots.shape[2],
+        *query.stride()[:3], *key_cache.stride()[1:3], *value_cache.stride()[1:3],
+        units.stride(0), units.stride(1), *out.stride()[:3],
+        G=group, D=head_dim, UNIT=budget.unit, SOFT=gates is not None,
         FP8=kv_scales is not None,
         **tiles, **options(tiles["BLOCK_M"]),
     )  # fmt: skip
@@ -294,29 +353,27 @@ def prefill(
 
 _TYPES = (
     "*{0} *{1} *{1} *i32 *i32 *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *{0} fp32 "
-    "i32 i32 i32 i32 i64 i32 i64 i32 i32 i64 i32 i32 i64 i32 i32 i32 i32 i32 i64 i32 i32"
+    "i32 i32 i32 i32 i64 i32 i32 i64 i32 i32 i32 i32 i32 i32 i64 i32 i64 i32 i32"
 )
 
 
 def compile_case(
-    dtype: str,
-    cache: str,
-    group: int,
-    head_dim: int,
-    page: int,
-    unit: int,
-    refresh: int,
-    soft: bool,
-    same_strides: bool = True,
+    dtype: str, cache: str, group: int, head_dim: int, unit: int, refresh: int, soft: bool
 ) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
     """One variant of ``prefill_fwd_kernel``, as ``common/compile_targets.py`` takes it."""
     tiles = tile_sizes(head_dim, group, refresh, 4 if dtype == "fp32" else 2)
     constexprs = {
-        "G": group, "D": head_dim, "PAGE": page, "UNIT": unit, "SAME_STRIDES": same_strides,
-        "SOFT": soft, "FP8": cache == "fp8e4nv", **tiles,
+        "G": group, "D": head_dim, "UNIT": unit, "SOFT": soft, "FP8": cache == "fp8e4nv", **tiles,
     }  # fmt: skip
     types = _TYPES.format(dtype, cache)
     return prefill_fwd_kernel, types, constexprs, options(tiles["BLOCK_M"])
+
+
+def lists_case(page: int, unit: int) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
+    """One variant of ``lists_fwd_kernel``."""
+    constexprs = {"PAGE": page, "UNIT": unit, "BLOCK": LIST_BLOCK}
+    types = "*i32 *i32 *i32 *i32 *i32 *i32 i32 i32 i32 i32 i64 i32 i32 i64 i64 i64 i32"
+    return lists_fwd_kernel, types, constexprs, {"num_warps": 4}
 
 
 ITEMS_CASE: tuple[Any, str, dict[str, Any], dict[str, int]] = (
@@ -327,15 +384,15 @@ COMPILE_CASES = [
     *(
         compile_case(*case)
         for case in [
-            # dtype, of the cache, G, D, page, unit, R, soft
-            ("bf16", "bf16", 4, 128, 16, 1, 64, False),
-            ("bf16", "bf16", 4, 128, 16, 16, 128, False),
-            ("fp16", "fp16", 7, 80, 32, 1, 1, True),
-            ("bf16", "bf16", 3, 256, 128, 128, 64, True),
-            ("bf16", "fp8e4nv", 4, 128, 16, 1, 64, False),
-            ("fp16", "fp16", 1, 128, 0, 1, 128, False),
-            ("fp16", "fp16", 1, 128, 0, 16, 64, False, False),
+            # dtype, of the cache, G, D, unit, R, soft
+            ("bf16", "bf16", 4, 128, 1, 64, False),
+            ("bf16", "bf16", 4, 128, 16, 128, False),
+            ("fp16", "fp16", 7, 80, 1, 1, True),
+            ("bf16", "bf16", 3, 256, 128, 64, True),
+            ("bf16", "fp8e4nv", 4, 128, 1, 64, False),
+            ("fp16", "fp16", 1, 128, 1, 128, False),
         ]
     ),
+    *(lists_case(*case) for case in [(16, 1), (16, 16), (0, 1), (0, 16)]),
     ITEMS_CASE,
 ]
