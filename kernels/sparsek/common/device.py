@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import struct
 
+import torch
 import triton
 import triton.language as tl
 
@@ -42,6 +43,17 @@ def page_argument(page: int, columns: int) -> int:
         is not worth a compilation.
     """
     return 0 if columns == 1 else page
+
+
+def slots_per_block(cache: torch.Tensor) -> int | None:
+    """Tokens of one head from one block of ``cache`` to the next, None if that is no number.
+
+    Args:
+        cache: [num_blocks, H, page, width]. Kernels address a token by its slot: how many tokens
+            it lies behind the first one of its head.
+    """
+    between, rest = divmod(cache.stride(0), cache.stride(2))
+    return None if rest else between
 
 
 @triton.jit

@@ -8,9 +8,10 @@ MAX_SPLITS = 64  # bounds the workspace of budgets that grow with the context
 
 
 def split_sizes(max_tokens: int) -> tuple[int, int]:
-    """(splits, tokens per split) for lists of up to ``max_tokens`` tokens."""
-    tokens = max(SPLIT_TOKENS, -(-max_tokens // MAX_SPLITS))
-    tokens = -(-tokens // SPLIT_TOKENS) * SPLIT_TOKENS
+    """(splits, tokens per split, a power of 2) for lists of up to ``max_tokens`` tokens."""
+    tokens = SPLIT_TOKENS
+    while tokens * MAX_SPLITS < max_tokens:
+        tokens *= 2
     return -(-max_tokens // tokens), tokens
 
 

@@ -15,16 +15,17 @@ from vllm_sparsek.kernels.common.device import (
     budget_arguments,
     list_bounds,
     list_positions,
+    slots_per_block,
     softmax_step,
     token_offsets,
 )
-from vllm_sparsek.kernels.decode.splits import split_sizes
+from vllm_sparsek.kernels.decode.splits import SPLIT_TOKENS, split_sizes
 
 # of decode_fwd_kernel
-OPTIONS = {"num_warps": 4, "num_stages": 2}
+OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 
-@triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "split_tokens", "splits"])
+@triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "splits"])
 def decode_fwd_kernel(
     q_ptr,  # [items, Hq, D]
     kv_ptr,  # [num_blocks, H, page, 2 * D]
@@ -44,11 +45,10 @@ def decode_fwd_kernel(
     k,
     share_bits,
     max_units,  # K
-    split_tokens,
     splits,
+    per_block,  # tokens of one head from one block of the cache to the next
     stride_q_item,
     stride_q_head,
-    stride_kv_block,
     stride_kv_head,
     stride_kv_token,
     stride_table_row,
@@ -61,6 +61,7 @@ def decode_fwd_kernel(
     UNIT: tl.constexpr,
     SOFT: tl.constexpr,
     FP8: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -73,8 +74,8 @@ def decode_fwd_kernel(
     sinks, kept, window_start, total = list_bounds(
         position, position, first_unit, window, refresh, k, share_bits, max_units, UNIT
     )
-    low = i_s * split_tokens
-    high = tl.minimum(total, low + split_tokens)
+    low = i_s * SPLIT
+    high = tl.minimum(total, low + SPLIT)
     if low >= high:
         return
 
@@ -94,14 +95,22 @@ def decode_fwd_kernel(
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    for start in range(low, high, BLOCK_N):
+    # where the split's tokens lie is found out at once, so that the loop waits for one thing alone,
+    # keys and values, which are copied asynchronously
+    o_split = low + tl.arange(0, SPLIT)
+    b_pos, m_split, _, _ = list_positions(
+        o_split, sinks, kept, window_start, high, units_ptr + i_units, UNIT
+    )
+    b_slots = token_offsets(b_pos, m_split, p_table, per_block, 1, PAGE).to(tl.int32)
+    b_slots = tl.where(m_split, b_slots, -1)
+    for start in range(0, high - low, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        o_pos, m_n, i_slot, m_kept = list_positions(
-            o_n, sinks, kept, window_start, high, units_ptr + i_units, UNIT
-        )
-        o_kv = token_offsets(o_pos, m_n, p_table, stride_kv_block, stride_kv_token, PAGE)
-        p_k = p_kv + o_kv[:, None] + o_d[None, :]
-        m_kv = m_n[:, None] & m_d[None, :]
+        b_slot = tl.gather(b_slots, o_n, 0)  # [N]
+        m_n = b_slot >= 0
+        m_kv = m_n[:, None]
+        if D < D_PAD:
+            m_kv = m_kv & m_d[None, :]
+        p_k = p_kv + b_slot.to(tl.int64)[:, None] * stride_kv_token + o_d[None, :]
         b_k = tl.load(p_k, mask=m_kv, other=0.0).to(b_q.dtype)  # [N, D_PAD]
         b_v = tl.load(p_k + D, mask=m_kv, other=0.0).to(b_q.dtype)  # [N, D_PAD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
@@ -109,7 +118,9 @@ def decode_fwd_kernel(
         b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l)
         if SOFT:
             # gates weigh values only: the denominator is that of plain softmax
-            b_gate = tl.load(gates_ptr + i_units + i_slot, mask=m_kept, other=1.0)
+            o_kept = low + o_n - sinks
+            m_kept = m_n & (o_kept >= 0) & (o_kept < kept * UNIT)
+            b_gate = tl.load(gates_ptr + i_units + o_kept // UNIT, mask=m_kept, other=1.0)
             b_p = b_p * b_gate[None, :]
         b_acc = b_acc * b_alpha[:, None]
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
@@ -178,7 +189,7 @@ def tile_sizes(head_dim: int, group: int, itemsize: int) -> dict[str, int]:
     return {
         "D_PAD": d_pad,
         "BLOCK_M": max(MIN_BLOCK_M, triton.next_power_of_2(group)),
-        "BLOCK_N": 32 if wide else 128,
+        "BLOCK_N": 32 if wide else 64,
     }
 
 
@@ -208,23 +219,29 @@ def decode(
         return
     heads, page = kv_cache.shape[1], kv_cache.shape[2]
     group = query_heads // heads
+    per_block = slots_per_block(kv_cache)
+    if per_block is None:
+        raise ValueError(
+            f"kv_cache: the stride of blocks must be a multiple of that of tokens, got strides "
+            f"{kv_cache.stride()}"
+        )
     splits, split_tokens = split_sizes(max_tokens)
     acc, stats = workspace
-    scalars = (*budget_arguments(budget), units.shape[2], split_tokens, splits)
+    scalars = (*budget_arguments(budget), units.shape[2])
     tiles = tile_sizes(head_dim, group, query.element_size())
     decode_fwd_kernel[(items, heads, splits)](
         query, kv_cache, block_table, item_row, item_position,
         units, units if gates is None else gates, *(kv_scales or (units, units)), acc, stats,
-        scale * math.log2(math.e), *scalars,
-        query.stride(0), query.stride(1),
-        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+        scale * math.log2(math.e), *scalars, splits, per_block,
+        query.stride(0), query.stride(1), kv_cache.stride(1), kv_cache.stride(2),
         block_table.stride(0), units.stride(0), units.stride(1),
         G=group, D=head_dim, PAGE=page, UNIT=budget.unit, SOFT=gates is not None,
-        FP8=kv_scales is not None,
+        FP8=kv_scales is not None, SPLIT=split_tokens,
         **tiles, **OPTIONS,
     )  # fmt: skip
     reduce_fwd_kernel[(items, query_heads)](
-        acc, stats, item_row, item_position, out, *scalars, out.stride(0), out.stride(1),
+        acc, stats, item_row, item_position, out, *scalars, split_tokens, splits,
+        out.stride(0), out.stride(1),
         D=head_dim, D_PAD=tiles["D_PAD"], UNIT=budget.unit,
         SPLITS_PAD=triton.next_power_of_2(splits), num_warps=4,
     )  # fmt: skip
@@ -236,7 +253,7 @@ COMPILE_CASES = [
         (
             decode_fwd_kernel,
             f"*{dtype} *{cache} *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 *fp32 fp32 "
-            "i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32",
+            "i32 i32 i32 i32 i64 i32 i32 i64 i32 i32 i32 i32 i32 i32 i32",
             {
                 "G": group,
                 "D": head_dim,
@@ -244,6 +261,7 @@ COMPILE_CASES = [
                 "UNIT": unit,
                 "SOFT": soft,
                 "FP8": cache == "fp8e4nv",
+                "SPLIT": SPLIT_TOKENS,
                 **tile_sizes(head_dim, group, 2),
             },
             OPTIONS,

@@ -17,6 +17,7 @@ from vllm_sparsek.kernels.common.device import (
     list_bounds,
     list_positions,
     page_argument,
+    slots_per_block,
     softmax_step,
     token_offsets,
 )
@@ -268,12 +269,6 @@ def tile_sizes(head_dim: int, group: int, refresh: int, itemsize: int) -> dict[s
 def options(block_m: int) -> dict[str, int]:
     """Warps and pipeline stages of ``prefill_fwd_kernel``."""
     return {"num_warps": 8 if block_m > 64 else 4, "num_stages": 2}
-
-
-def slots_per_block(cache: torch.Tensor) -> int | None:
-    """Tokens of one head from one block of ``cache`` to the next, None if that is no number."""
-    between, rest = divmod(cache.stride(0), cache.stride(2))
-    return None if rest else between
 
 
 def list_slots(
