@@ -77,6 +77,16 @@ def expanded(shape, generator, dtype):
     return torch.randn((b, 1, s, d), generator=generator).to(dtype).expand(shape)
 
 
+def by_sequence(shape, generator, dtype):
+    b, h, s, d = shape
+    return torch.randn((s, b, h, d), generator=generator).to(dtype).permute(1, 2, 0, 3)
+
+
+def repeated(shape, generator, dtype):
+    b, h, _, d = shape
+    return torch.randn((b, h, 1, d), generator=generator).to(dtype).expand(shape)
+
+
 CASES = {
     # dtype, B, H, G, D, (Sq, Skv), settings, layouts of q, k, v
     "r16-token": (F32, 2, 2, 2, 64, (111, 111), dict(k=16, window=8, sinks=3, refresh=16),
@@ -95,6 +105,12 @@ CASES = {
                   (transposed, expanded, expanded)),
     "budget-exceeds-context": (F32, 2, 1, 2, 64, (60, 63), dict(k=50, window=8, sinks=2,
                                refresh=16), (separate, separate, separate)),
+    # no whole number of tokens lies between rows
+    "sequence-first": (F32, 2, 2, 2, 64, (90, 90), dict(k=16, window=8, sinks=3, refresh=16),
+                       (by_sequence, by_sequence, by_sequence)),
+    "sequence-first-one-key": (F32, 3, 2, 2, 64, (1, 1), dict(k=16), (by_sequence,) * 3),
+    "one-key-for-all-tokens": (F32, 2, 2, 1, 64, (20, 90), dict(k=16, window=8, sinks=3,
+                               refresh=16), (separate, repeated, separate)),
 }  # fmt: skip
 
 

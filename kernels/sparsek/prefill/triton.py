@@ -272,8 +272,8 @@ def options(block_m: int) -> dict[str, int]:
 
 def slots_per_block(cache: torch.Tensor) -> int | None:
     """Tokens of one head from one block of ``cache`` to the next, None if that is no number."""
-    between, rest = divmod(cache.stride(0), cache.stride(2))
-    return None if rest else between
+    block, _, token, _ = cache.stride()
+    return block // token if token and block % token == 0 else None
 
 
 def list_slots(
@@ -330,7 +330,9 @@ def prefill(
     if slots_per_block(key_cache) is None or (
         slots_per_block(key_cache) != slots_per_block(value_cache)
     ):
-        key_cache, value_cache = key_cache.contiguous(), value_cache.contiguous()
+        # contiguous() would keep any stride of a size of 1, which may be no divisor either
+        key_cache = key_cache.clone(memory_format=torch.contiguous_format)
+        value_cache = value_cache.clone(memory_format=torch.contiguous_format)
     slots = list_slots(
         block_table, item_row, item_position, item_query_len, units, budget,
         page_argument(page, block_table.shape[1]), slots_per_block(key_cache) or 0,
