@@ -234,8 +234,9 @@ def test_lengths_share_a_compilation_and_no_tensor_is_copied(device, monkeypatch
     from vllm_sparsek.kernels.prefill import triton as prefill_triton
     from vllm_sparsek.kernels.select import triton as select_triton
 
-    prefill, select = Recorder(), Recorder()
+    prefill, lists, select = Recorder(), Recorder(), Recorder()
     monkeypatch.setattr(prefill_triton, "prefill_fwd_kernel", prefill)
+    monkeypatch.setattr(prefill_triton, "lists_fwd_kernel", lists)
     monkeypatch.setattr(select_triton, "select_fwd_kernel", select)
     settings = dict(k=16, window=8, sinks=3, refresh=16)
     for keys in (130, 1111):
@@ -245,7 +246,7 @@ def test_lengths_share_a_compilation_and_no_tensor_is_copied(device, monkeypatch
         found = [tensor.data_ptr() for tensor in prefill.calls[-1][0][:3]]
         assert found == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
         assert select.calls[-1][0][0].data_ptr() == scores.data_ptr()
-    for recorder in (prefill, select):
+    for recorder in (prefill, lists, select):
         (_, first), (_, second) = recorder.calls
         assert first == second
 
