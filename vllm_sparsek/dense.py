@@ -1,7 +1,7 @@
 """Sparse attention over plain ``[B, H, S, D]`` tensors, without vLLM and without a paged cache.
 
 The kernels are the backend's: a row of the batch is one block of the cache, as long as its
-context, so nothing is copied whatever the strides.
+context, so nothing is copied while keys and values lie alike.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def attention_forward(
 
     Every query reads the sinks, the window and the ``k`` tokens per KV head that score highest
     among those that left the window. While a context fits that budget, this is
-    ``scaled_dot_product_attention``, which then also runs. No tensor is copied and, once a
-    shape has been seen, nothing waits for the device.
+    ``scaled_dot_product_attention``, which then also runs. Once a shape has been seen, nothing
+    waits for the device. No tensor is copied, but for k and v on a GPU where their rows are no
+    whole number of tokens apart, the same one in both.
 
     Args:
         q: [B, Hq, Sq, D] float16, bfloat16, float32 (or float64 on the CPU). Any strides, the

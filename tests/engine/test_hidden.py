@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from answers import assert_same_tokens
 from tiny import random_prompts, run_many, tiny_llm, write_model
 
 from vllm_sparsek.scorers.learned import load_layer
@@ -14,6 +15,8 @@ pytestmark = pytest.mark.engine
 LAYERS, HEADS, DIM, SIZE, UNITS, PAGE = 2, 2, 64, 256, 12, 32
 SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16}
 TOKENS = 12
+# float32 on the CPU, float16 on a GPU
+EXACT = not torch.cuda.is_available()
 PROMPTS = random_prompts((600, 330))
 KINDS = {
     "linear": ("linear", ("hidden",)),
@@ -92,27 +95,28 @@ def tokens(results, name, call=0):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_chunks_batches_and_the_prefix_cache_change_nothing(name, results):
-    expected = tokens(results, name)
-    assert tokens(results, f"{name}, chunks") == expected
-    for call in range(3):
-        assert tokens(results, name, call) == expected
+    tokens(results, name)
+    tokens(results, f"{name}, chunks")
+    expected = results[name]["answers"][0]
+    assert_same_tokens(expected, results[f"{name}, chunks"]["answers"][0], EXACT)
+    for answer in results[name]["answers"]:
+        assert_same_tokens(expected, answer, EXACT)
     assert results[name]["density"] < 0.7
 
 
 @pytest.mark.parametrize("name", ["linear", "with keys"])
 def test_compiled_and_eager_give_the_same_tokens(name, results):
-    assert tokens(results, f"{name}, compiled") == tokens(results, name)
-    for call in range(len(results[f"{name}, compiled"]["answers"])):
-        assert tokens(results, f"{name}, compiled", call) == tokens(results, name)
+    tokens(results, name)
+    tokens(results, f"{name}, compiled")
+    for answer in results[f"{name}, compiled"]["answers"]:
+        assert_same_tokens(results[name]["answers"][0], answer, EXACT)
 
 
-@pytest.mark.parametrize("arm", ["linear", "mlp", "linear, chunks", "linear, compiled"])
-def test_scores_are_those_of_the_first_layers_hidden_states(arm, model, files, results):
+def first_layers_scores(model, scorer, dtype):
+    """Scores of the first prompt's tokens by the first layer's scorer, in transformers."""
     from transformers import AutoModelForCausalLM
 
-    tokens(results, arm)
-    name = arm.split(",")[0]
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     seen = []
     # what is read sparsely differs from the first layer's output on
     reference.model.layers[0].self_attn.register_forward_pre_hook(
@@ -120,9 +124,20 @@ def test_scores_are_those_of_the_first_layers_hidden_states(arm, model, files, r
     )
     with torch.no_grad():
         reference(torch.tensor([PROMPTS[0]]))
-    scorer = load_layer(files[name], 0, HEADS, DIM, hidden_size=SIZE)
-    hidden = seen[0]
+    hidden = seen[0].float()
     empty = torch.zeros(len(hidden), HEADS, DIM)
-    expected = scorer.score(empty, empty, torch.arange(len(hidden)), hidden)
+    return scorer.score(empty, empty, torch.arange(len(hidden)), hidden)
+
+
+@pytest.mark.parametrize("arm", ["linear", "mlp", "linear, chunks", "linear, compiled"])
+def test_scores_are_those_of_the_first_layers_hidden_states(arm, model, files, results):
+    tokens(results, arm)
+    scorer = load_layer(files[arm.split(",")[0]], 0, HEADS, DIM, hidden_size=SIZE)
+    expected = first_layers_scores(model, scorer, torch.float32)
     (found,) = (s for layer, s in results[arm]["scores"].items() if ".0." in layer)
-    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-3, atol=1e-3)
+    bound = 1e-3
+    if torch.cuda.is_available():
+        # the engine runs in float16: what that costs elsewhere is allowed twice
+        rounded = first_layers_scores(model, scorer, torch.float16)
+        bound += 2 * (rounded - expected).abs().max().item()
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-3, atol=bound)

@@ -74,30 +74,36 @@ def program(exported, compiler, tmp_path_factory):
     return path
 
 
+BY_HEAD, BY_TOKEN = False, True
 CASES = {
-    "token": ((2, 2, 301, 301), SETTINGS),
-    "short-page": ((1, 2, 70, 333), {**SETTINGS, "granularity": "page"}),
-    "soft": ((1, 1, 200, 200), {**SETTINGS, "mode": "soft_v", "refresh": 16}),
-    "share-page-soft": ((2, 3, 1, 1000), {**SETTINGS, "granularity": "page", "mode": "soft_v",
-                        "k": 0.11, "k_min": 32}),
-    "more-than-there-is": ((1, 2, 301, 301), {**SETTINGS, "k": 400}),
-    "everything-fits": ((1, 1, 33, 33), {**SETTINGS, "window": 100}),
+    "token": ((2, 2, 301, 301), BY_HEAD, SETTINGS),
+    "long-lists": ((2, 1, 3, 1700), BY_TOKEN, {**SETTINGS, "k": 1200}),
+    "short-page": ((1, 2, 70, 333), BY_HEAD, {**SETTINGS, "granularity": "page"}),
+    "soft": ((3, 2, 200, 200), BY_TOKEN, {**SETTINGS, "mode": "soft_v", "refresh": 16}),
+    # 257 places in the longest list: one more than a multiple
+    "share-page-soft": ((2, 3, 1, 1000), BY_HEAD, {**SETTINGS, "granularity": "page",
+                        "mode": "soft_v", "k": 0.11, "k_min": 32, "window": 49}),
+    "more-than-there-is": ((1, 2, 301, 301), BY_TOKEN, {**SETTINGS, "k": 400}),
+    "everything-fits": ((1, 1, 33, 33), BY_HEAD, {**SETTINGS, "window": 100}),
 }  # fmt: skip
 
 
-def tensors(shape, device="cpu"):
-    """q, k, v and scores; k is [B, H, S, D], the others lie by token."""
+def tensors(shape, by_token, device="cpu"):
+    """q, k, v and scores; q lies by token, k as said, v as k with room after every token."""
     batch, heads, queries, keys = shape
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(batch, queries, 2 * heads, 64, generator=generator).half().transpose(1, 2)
-    k = torch.randn(batch, heads, keys, 64, generator=generator).half()
-    v = torch.randn(batch, keys, heads, 64, generator=generator).half().transpose(1, 2)
-    return [t.to(device) for t in (q, k, v, torch.randn(batch, heads, keys, generator=generator))]
+    wide = torch.randn(batch, heads, keys, 192, generator=generator).half()
+    k, v = wide[..., :64].contiguous(), wide[..., 64:]
+    if by_token:
+        k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))
+    scores = torch.randn(batch, heads, keys, generator=generator)
+    return [t.to(device) for t in (q, k, v[..., :64], scores)]
 
 
-def run(program, folder, shape, settings, arch=ARCH, types="", **changed):
+def run(program, folder, shape, by_token, settings, arch=ARCH, types="", **changed):
     """Write the inputs, run the program; its parameters with ``changed`` ones."""
-    q, k, v, scores = tensors(shape)
+    q, k, v, scores = tensors(shape, by_token)
     config = SparseKConfig.resolve(additional={"scorer": "knorm", **settings}, env={})
     share = config.k if isinstance(config.k, float) else 0.0
     params = {
@@ -133,10 +139,10 @@ def result(folder, like):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_program_without_python_computes_what_python_computes(case, program, tmp_path):
-    shape, settings = case
-    done = run(program, tmp_path, shape, settings)
+    shape, by_token, settings = case
+    done = run(program, tmp_path, shape, by_token, settings)
     assert done.returncode == 0, done.stderr
-    q, k, v, scores = tensors(shape, "cuda")
+    q, k, v, scores = tensors(shape, by_token, "cuda")
     expected = attention_forward(
         q, k, v, scores=scores, config=settings, scale=0.125, impl="triton"
     ).cpu()
@@ -160,7 +166,7 @@ class Recorder:
     @property
     def types(self):
         """As fake_cuda.cpp wants them: of the exported kernel, whose strides have 64 bits."""
-        known = {"scale_log2": "f", "share_bits": "l"}
+        known = {"scale_log2": "f", "share_bits": "l", "per_block": "l"}
         return "".join(
             known.get(name, "p" if name.endswith("_ptr") else "l" if name[:7] == "stride_" else "i")
             for name in self.call[1]
@@ -178,34 +184,36 @@ def test_the_launcher_launches_what_python_launches(case, program, tmp_path, mon
     from vllm_sparsek.kernels.prefill import triton as prefill_triton
     from vllm_sparsek.kernels.select import triton as select_triton
 
-    shape, settings = case
+    shape, by_token, settings = case
     recorders = {}
     for module, name in (
-        (select_triton, "select_fwd_kernel"), (prefill_triton, "prefill_fwd_kernel")
+        (select_triton, "select_fwd_kernel"), (prefill_triton, "lists_fwd_kernel"),
+        (prefill_triton, "prefill_fwd_kernel"),
     ):  # fmt: skip
         recorders[name] = Recorder(getattr(module, name))
         monkeypatch.setattr(module, name, recorders[name])
     monkeypatch.setattr(dispatch, "capability", lambda *_: (True, ""))
     dispatch.implementation.cache_clear()
-    q, k, v, scores = tensors(shape)
+    q, k, v, scores = tensors(shape, by_token)
     attention_forward(q, k, v, scores=scores, config=settings, scale=0.125, impl="triton")
     dispatch.implementation.cache_clear()
 
     types = "items_fwd_kernel=ppppiiiii;" + "".join(
         f"{name}={recorder.types};" for name, recorder in recorders.items()
     )
-    # keys and scores are contiguous: no strides say so
-    done = run(program, tmp_path, shape, settings, types=types, k_strides=(0, 0, 0),
-               score_strides=(0, 0))  # fmt: skip
+    # of contiguous keys and scores no strides say so
+    unsaid = {} if by_token else {"k_strides": (0, 0, 0)}
+    done = run(program, tmp_path, shape, by_token, settings, types=types, score_strides=(0, 0),
+               **unsaid)  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     # q, k, v, scores, out, workspace, in this order
     memory = [(int(line[1]), int(line[2])) for line in lines if line[0] == "alloc"]
     launches = [line[1:] for line in lines if line[0] == "launch"]
     assert [launch[0] for launch in launches] == ["items_fwd_kernel", *recorders] * 2
-    assert launches[:3] == launches[3:]
+    assert launches[:4] == launches[4:]
     # every kernel is loaded once
-    assert sum(line[0] == "load" for line in lines) == 3
+    assert sum(line[0] == "load" for line in lines) == 4
 
     items = [int(word) for word in launches[0][6:]]
     batch, heads, queries, keys = shape
@@ -213,7 +221,8 @@ def test_the_launcher_launches_what_python_launches(case, program, tmp_path, mon
     blocks = (keys - 1) // refresh - (keys - queries) // refresh + 1
     assert items[4:] == [queries, keys, refresh, blocks, batch * blocks]
     places = {"q_ptr": 0, "k_ptr": 1, "v_ptr": 2, "scores_ptr": 3, "out_ptr": 4}
-    low, high = memory[5][0], memory[5][0] + memory[5][1]
+    # main.cpp allocates 16 bytes more than the workspace needs
+    low, high = memory[5][0], memory[5][0] + memory[5][1] - 16
     for launch, (name, recorder) in zip(launches[1:], recorders.items(), strict=False):
         grid, expected, _ = recorder.call
         assert [int(n) for n in launch[1:4]] == [*grid, 1][:3]
@@ -230,18 +239,29 @@ def test_the_launcher_launches_what_python_launches(case, program, tmp_path, mon
                 "select_fwd_kernel", "stride_out_head"
             ):  # fmt: skip
                 assert int(found[parameter]) == value, (name, parameter)
-        # the lists of both kernels are the same, and hold what the widest selection keeps
+        # the lists of all kernels are the same, and hold what the widest selection keeps
         if name == "select_fwd_kernel":
-            lists = int(found["units_ptr"]), int(found["stride_out_item"])
-            width = int(found["stride_out_head"])
-            assert width >= int(found["max_units"])
-            assert lists[1] == heads * width
-            assert lists[0] + batch * blocks * heads * width * 4 <= high
+            units, gates = int(found["units_ptr"]), int(found["gates_ptr"])
+            strides = int(found["stride_out_item"]), int(found["stride_out_head"])
+            assert strides[1] >= int(found["max_units"])
+            assert strides[0] == heads * strides[1]
+            end = max(units, gates) + batch * blocks * strides[0] * 4
+            assert (gates != units) == (settings.get("mode") == "soft_v")
+            assert gates == units or gates >= units + batch * blocks * strides[0] * 4
         else:
-            assert lists == (int(found["units_ptr"]), int(found["stride_units_item"]))
-        # the first item of row r holds r: a table of one column
-        assert int(found["block_table_ptr"]) == items[0]
-        assert int(found["stride_table_row"]) == blocks
+            assert units == int(found["units_ptr"])
+            assert strides == (int(found["stride_units_item"]), int(found["stride_units_head"]))
+        if name == "lists_fwd_kernel":
+            slots = int(found["slots_ptr"])
+            assert slots >= end
+            assert slots + batch * blocks * heads * int(found["width"]) * 4 <= high
+        if name == "prefill_fwd_kernel":
+            assert slots == int(found["slots_ptr"])
+            assert gates == int(found["gates_ptr"])
+        else:
+            # the first item of row r holds r: a table of one column
+            assert int(found["block_table_ptr"]) == items[0]
+            assert int(found["stride_table_row"]) == blocks
 
 
 WRONG = {
@@ -252,6 +272,18 @@ WRONG = {
     "share": ({"k_share": 1.0}, "k_share is 1"),
     "sinks": ({"sinks": -1}, "sinks is -1"),
     "stride": ({"v_strides": (64, 64, 65)}, r"v_strides[2] is 65"),
+    "no-token-stride": ({"k_strides": (64, 64, 0)}, "k_strides[0] is 64: it must be a multiple"),
+    "between-rows": ({"v_strides": (80, 64, 64)}, "multiple of v_strides[2], 64"),
+    "unlike": (
+        {"v_strides": (64 * 301, 64, 64)},
+        "k_strides: 602 tokens from row to row, v_strides: 301",
+    ),
+    "far": (
+        {"k_strides": (2**37, 64, 64), "v_strides": (2**38, 128, 128)},
+        "k_strides: 2147483648 "
+        "tokens from row to row; with batch 2 and keys 301 at most 2147483346",
+    ),
+    "long-list": ({"window": 2**31 - 1}, "window is 2147483647"),
     "alignment": ({"shift_q": 2}, "q is not aligned to 16 bytes"),
     "workspace": ({"less_workspace": 1}, "workspace_bytes is"),
     "head-dim": ({"head_dim": 96}, f"no kernel was exported for sm_{ARCH} fp16 head_dim 96"),
@@ -262,7 +294,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
 def test_params_that_cannot_be_used_are_refused_by_name(wrong, program, tmp_path):
     changed, says = wrong
-    done = run(program, tmp_path, (2, 2, 301, 301), SETTINGS, **changed)
+    done = run(program, tmp_path, (2, 2, 301, 301), BY_HEAD, SETTINGS, **changed)
     assert done.returncode == 1
     assert says in done.stderr
     assert "launch" not in done.stdout
@@ -270,7 +302,7 @@ def test_params_that_cannot_be_used_are_refused_by_name(wrong, program, tmp_path
 
 @pytest.mark.skipif(GPU, reason="the stand-in for the driver is for machines without a GPU")
 def test_a_gpu_that_nothing_was_exported_for_is_an_error(program, tmp_path):
-    done = run(program, tmp_path, (1, 1, 64, 64), SETTINGS, arch="103")
+    done = run(program, tmp_path, (1, 1, 64, 64), BY_HEAD, SETTINGS, arch="103")
     assert done.returncode == 1
     assert "no kernel was exported for sm_103 fp16 head_dim 64 group 2 tokens" in done.stderr
 
@@ -303,7 +335,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 def test_binaries_name_no_folder_of_the_machine_that_made_them(exported):
     text = (exported / "sparsek_kernels.h").read_text()
     arrays = re.findall(r"kCubin\d+\[\] = \{([\d,\n]*)\}", text)
-    assert len(arrays) == text.count("{Kind::k") == 9
+    assert len(arrays) == text.count("{Kind::k") == 11
     for array in arrays:
         binary = bytes(int(number) for number in re.findall(r"\d+", array))
         assert binary.startswith(b"\177ELF")

@@ -77,6 +77,16 @@ def expanded(shape, generator, dtype):
     return torch.randn((b, 1, s, d), generator=generator).to(dtype).expand(shape)
 
 
+def by_sequence(shape, generator, dtype):
+    b, h, s, d = shape
+    return torch.randn((s, b, h, d), generator=generator).to(dtype).permute(1, 2, 0, 3)
+
+
+def repeated(shape, generator, dtype):
+    b, h, _, d = shape
+    return torch.randn((b, h, 1, d), generator=generator).to(dtype).expand(shape)
+
+
 CASES = {
     # dtype, B, H, G, D, (Sq, Skv), settings, layouts of q, k, v
     "r16-token": (F32, 2, 2, 2, 64, (111, 111), dict(k=16, window=8, sinks=3, refresh=16),
@@ -95,6 +105,12 @@ CASES = {
                   (transposed, expanded, expanded)),
     "budget-exceeds-context": (F32, 2, 1, 2, 64, (60, 63), dict(k=50, window=8, sinks=2,
                                refresh=16), (separate, separate, separate)),
+    # no whole number of tokens lies between rows
+    "sequence-first": (F32, 2, 2, 2, 64, (90, 90), dict(k=16, window=8, sinks=3, refresh=16),
+                       (by_sequence, by_sequence, by_sequence)),
+    "sequence-first-one-key": (F32, 3, 2, 2, 64, (1, 1), dict(k=16), (by_sequence,) * 3),
+    "one-key-for-all-tokens": (F32, 2, 2, 1, 64, (20, 90), dict(k=16, window=8, sinks=3,
+                               refresh=16), (separate, repeated, separate)),
 }  # fmt: skip
 
 
@@ -218,8 +234,9 @@ def test_lengths_share_a_compilation_and_no_tensor_is_copied(device, monkeypatch
     from vllm_sparsek.kernels.prefill import triton as prefill_triton
     from vllm_sparsek.kernels.select import triton as select_triton
 
-    prefill, select = Recorder(), Recorder()
+    prefill, lists, select = Recorder(), Recorder(), Recorder()
     monkeypatch.setattr(prefill_triton, "prefill_fwd_kernel", prefill)
+    monkeypatch.setattr(prefill_triton, "lists_fwd_kernel", lists)
     monkeypatch.setattr(select_triton, "select_fwd_kernel", select)
     settings = dict(k=16, window=8, sinks=3, refresh=16)
     for keys in (130, 1111):
@@ -229,7 +246,7 @@ def test_lengths_share_a_compilation_and_no_tensor_is_copied(device, monkeypatch
         found = [tensor.data_ptr() for tensor in prefill.calls[-1][0][:3]]
         assert found == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
         assert select.calls[-1][0][0].data_ptr() == scores.data_ptr()
-    for recorder in (prefill, select):
+    for recorder in (prefill, lists, select):
         (_, first), (_, second) = recorder.calls
         assert first == second
 

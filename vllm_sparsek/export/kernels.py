@@ -33,9 +33,10 @@ class Variant:
     """One kernel to compile.
 
     Attributes:
-        kind: items, select or prefill; arch: 90 means compute capability 9.0.
+        kind: items, select, lists or prefill; arch: 90 means compute capability 9.0.
         case: kernel, argument types, constexprs and options, see ``compile_targets``.
-        dtype, head_dim, group: of prefill alone; pages, soft: of select and prefill.
+        dtype, head_dim, group: of prefill alone; pages: of all but items; soft: of select and
+            prefill.
     """
 
     kind: str
@@ -61,15 +62,16 @@ def variants(
     found = []
     for arch in archs:
         found.append(Variant("items", arch, prefill.ITEMS_CASE))
+        units = {"token": 1, "page": PAGE}
+        for granularity in granularities:
+            case = prefill.lists_case(0, units[granularity])
+            found.append(Variant("lists", arch, case, pages=granularity == "page"))
         for granularity, mode in itertools.product(granularities, modes):
-            pages, soft = granularity == "page", mode == "soft_v"
-            unit = PAGE if pages else 1
+            pages, soft, unit = granularity == "page", mode == "soft_v", units[granularity]
             case = select.compile_case(0, unit, "lse", soft, "", None)
             found.append(Variant("select", arch, case, pages=pages, soft=soft))
             for dtype, head_dim, group in itertools.product(dtypes, head_dims, groups):
-                case = prefill.compile_case(
-                    dtype, dtype, group, head_dim, 0, unit, refresh, soft, False
-                )
+                case = prefill.compile_case(dtype, dtype, group, head_dim, unit, refresh, soft)
                 found.append(Variant("prefill", arch, case, dtype, head_dim, group, pages, soft))
     return found
 
@@ -101,6 +103,8 @@ def export(chosen: list[Variant], out: Path) -> list[Path]:
         binaries.append(_array(f"kCubin{index}", cubin))
     text = [
         "// Written by vllm-sparsek export-kernels: the kernels, and their parameters in order.",
+        "",
+        f"constexpr int64_t kListMultiple = {prefill.LIST_MULTIPLE};  // of the width of lists",
         "",
         *(line for kind, listed in arguments.items() for line in _macro(kind, listed)),
         *binaries,

@@ -14,7 +14,7 @@
 namespace sparsek {
 namespace {
 
-enum class Kind { kItems, kSelect, kPrefill };
+enum class Kind { kItems, kSelect, kLists, kPrefill };
 
 struct Kernel {
   Kind kind;
@@ -23,10 +23,9 @@ struct Kernel {
   Dtype dtype;
   int head_dim;
   int group;  // query heads of a KV head
-  int block;  // items of a program; rows of a prefill tile
-  // of select and prefill
-  bool pages;
-  bool soft_v;
+  int block;    // items of a program; places of a list; rows of a prefill tile
+  bool pages;   // of all but items
+  bool soft_v;  // of select and prefill
   const char* name;
   const unsigned char* cubin;
   unsigned threads;
@@ -50,18 +49,27 @@ struct SelectArguments {
       stride_out_head;
 };
 
+struct ListsArguments {
+  CUdeviceptr block_table_ptr, item_row_ptr, item_position_ptr, item_query_len_ptr, units_ptr,
+      slots_ptr;
+  int32_t first_unit, window, refresh, k;
+  int64_t share_bits;
+  int32_t max_units, width;
+  int64_t per_block, stride_table_row, stride_units_item, stride_units_head;
+};
+
 struct PrefillArguments {
-  CUdeviceptr q_ptr, k_ptr, v_ptr, block_table_ptr, item_row_ptr, item_position_ptr,
+  CUdeviceptr q_ptr, k_ptr, v_ptr, slots_ptr, item_row_ptr, item_position_ptr,
       item_query_start_ptr, item_query_len_ptr, units_ptr, gates_ptr, out_ptr;
   // of an FP8 cache: not used here
   CUdeviceptr k_scale_ptr, v_scale_ptr;
   float scale_log2;
   int32_t first_unit, window, refresh, k;
   int64_t share_bits;
-  int32_t max_units;
-  int64_t stride_q_row, stride_q_token, stride_q_head, stride_k_block, stride_k_head,
-      stride_k_token, stride_v_block, stride_v_head, stride_v_token, stride_table_row,
-      stride_units_item, stride_units_head, stride_out_row, stride_out_token, stride_out_head;
+  int32_t max_units, width;
+  int64_t stride_q_row, stride_q_token, stride_q_head, stride_k_head, stride_k_token,
+      stride_v_head, stride_v_token, stride_units_item, stride_units_head, stride_out_row,
+      stride_out_token, stride_out_head;
 };
 
 #include "sparsek_kernels.h"
@@ -101,15 +109,18 @@ CUresult driver(CUresult code, const char* call) {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// What follows from the params on the host: the same rules as Budget in kernels/common/budget.py.
+// What follows from the params on the host: the same rules as Budget in kernels/common/budget.py,
+// and as list_slots in kernels/prefill/triton.py.
 struct Plan {
   int64_t blocks;      // refresh blocks that the queries of a row touch
   int64_t items;       // batch * blocks
   int64_t max_units;   // most units that any selection keeps
   int64_t unit_count;  // the same, rounded up for alignment
   int64_t item_slots;  // items, rounded up
+  int64_t width;       // places of a list
   int32_t first_unit;
   int64_t units_bytes;
+  int64_t gates_bytes;
   int64_t bytes;
 };
 
@@ -147,9 +158,17 @@ CUresult make_plan(const AttentionParams& p, Plan* plan) {
   plan->max_units = std::max<int64_t>(1, std::min((tokens + unit - 1) / unit, competing));
   plan->unit_count = round_up(plan->max_units, kAlignment);
   plan->item_slots = round_up(plan->items, kAlignment);
-  plan->units_bytes = plan->items * p.kv_heads * plan->unit_count * int64_t{sizeof(int32_t)};
-  plan->bytes = 4 * plan->item_slots * int64_t{sizeof(int32_t)} +
-                plan->units_bytes * (p.soft_v ? 2 : 1);
+  const int64_t longest =
+      (plan->first_unit + plan->max_units + 1) * unit + int64_t{p.window} + p.refresh;
+  plan->width = round_up(longest, kListMultiple);
+  if (plan->width > INT32_MAX)
+    return refuse("window is %d, refresh %d, keys %d: a list of %lld tokens is too long", p.window,
+                  p.refresh, p.keys, static_cast<long long>(plan->width));
+  const int64_t lists = plan->items * p.kv_heads;
+  plan->units_bytes = lists * plan->unit_count * int64_t{sizeof(int32_t)};
+  plan->gates_bytes = p.soft_v ? plan->units_bytes : 0;
+  plan->bytes = 4 * plan->item_slots * int64_t{sizeof(int32_t)} + plan->units_bytes +
+                plan->gates_bytes + lists * plan->width * int64_t{sizeof(int32_t)};
   return CUDA_SUCCESS;
 }
 
@@ -174,6 +193,28 @@ CUresult check_memory(const AttentionParams& p, const Plan& plan) {
   return CUDA_SUCCESS;
 }
 
+// Tokens from one row of k and v to the next.
+CUresult tokens_between_rows(const AttentionParams& p, int64_t* between) {
+  const std::pair<const char*, const int64_t*> strides[] = {{"k_strides", p.k_strides},
+                                                            {"v_strides", p.v_strides}};
+  for (const auto& [name, values] : strides)
+    if (values[2] == 0 || values[0] % values[2] != 0)
+      return refuse("%s[0] is %lld: it must be a multiple of %s[2], %lld", name,
+                    static_cast<long long>(values[0]), name, static_cast<long long>(values[2]));
+  *between = p.k_strides[0] / p.k_strides[2];
+  const int64_t other = p.v_strides[0] / p.v_strides[2];
+  if (*between != other)
+    return refuse("k_strides: %lld tokens from row to row, v_strides: %lld; lay k and v out alike",
+                  static_cast<long long>(*between), static_cast<long long>(other));
+  // the place of a token in its head has 32 bits
+  const int64_t most = (INT32_MAX - int64_t{p.keys}) / std::max(1, p.batch - 1);
+  if (p.batch > 1 && (*between > most || *between < -most))
+    return refuse("k_strides: %lld tokens from row to row; with batch %d and keys %d at most %lld",
+                  static_cast<long long>(*between), p.batch, p.keys,
+                  static_cast<long long>(most));
+  return CUDA_SUCCESS;
+}
+
 const char* name_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::kFloat16: return "fp16";
@@ -195,7 +236,8 @@ CUresult find(Kind kind, int arch, const AttentionParams& p, const Kernel** foun
   for (const Kernel& kernel : kKernels) {
     if (kernel.kind != kind) continue;
     bool fits = runs_on(kernel, arch);
-    if (kind != Kind::kItems) fits = fits && kernel.pages == p.pages && kernel.soft_v == p.soft_v;
+    if (kind != Kind::kItems) fits = fits && kernel.pages == p.pages;
+    if (kind == Kind::kSelect || kind == Kind::kPrefill) fits = fits && kernel.soft_v == p.soft_v;
     if (kind == Kind::kPrefill)
       fits = fits && kernel.dtype == p.dtype && kernel.head_dim == p.head_dim &&
              kernel.group == group;
@@ -284,6 +326,8 @@ CUresult attention_forward(const AttentionParams& params, CUstream stream) {
   Plan plan;
   SPARSEK_TRY(make_plan(p, &plan));
   SPARSEK_TRY(check_memory(p, plan));
+  int64_t per_block;
+  SPARSEK_TRY(tokens_between_rows(p, &per_block));
   CUcontext context = nullptr;
   SPARSEK_TRY(driver(cuCtxGetCurrent(&context), "cuCtxGetCurrent"));
   if (context == nullptr) return fail(CUDA_ERROR_INVALID_CONTEXT, "no CUDA context is current");
@@ -297,15 +341,18 @@ CUresult attention_forward(const AttentionParams& params, CUstream stream) {
       cuDeviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device),
       "cuDeviceGetAttribute"));
   const int arch = 10 * major + minor;
-  const Kernel *items_kernel, *select_kernel, *prefill_kernel;
+  const Kernel *items_kernel, *select_kernel, *lists_kernel, *prefill_kernel;
   SPARSEK_TRY(find(Kind::kPrefill, arch, p, &prefill_kernel));
   SPARSEK_TRY(find(Kind::kSelect, arch, p, &select_kernel));
+  SPARSEK_TRY(find(Kind::kLists, arch, p, &lists_kernel));
   SPARSEK_TRY(find(Kind::kItems, arch, p, &items_kernel));
 
   const CUdeviceptr memory = address(p.workspace);
   const CUdeviceptr item_bytes = static_cast<CUdeviceptr>(plan.item_slots) * sizeof(int32_t);
   const CUdeviceptr units = memory + 4 * item_bytes;
   const CUdeviceptr gates = p.soft_v ? units + static_cast<CUdeviceptr>(plan.units_bytes) : units;
+  const CUdeviceptr slots =
+      units + static_cast<CUdeviceptr>(plan.units_bytes + plan.gates_bytes);
   const int32_t items = static_cast<int32_t>(plan.items);
   int64_t share_bits;
   std::memcpy(&share_bits, &p.k_share, sizeof(share_bits));
@@ -346,13 +393,31 @@ CUresult attention_forward(const AttentionParams& params, CUstream stream) {
   s.stride_out_item = p.kv_heads * plan.unit_count;
   s.stride_out_head = plan.unit_count;
 
+  ListsArguments l{};
+  l.block_table_ptr = s.block_table_ptr;
+  l.stride_table_row = s.stride_table_row;
+  l.item_row_ptr = i.item_row_ptr;
+  l.item_position_ptr = i.item_position_ptr;
+  l.item_query_len_ptr = i.item_query_len_ptr;
+  l.units_ptr = units;
+  l.slots_ptr = slots;
+  l.first_unit = s.first_unit;
+  l.window = s.window;
+  l.refresh = s.refresh;
+  l.k = s.k;
+  l.share_bits = share_bits;
+  l.max_units = s.max_units;
+  l.width = static_cast<int32_t>(plan.width);
+  l.per_block = per_block;
+  l.stride_units_item = s.stride_out_item;
+  l.stride_units_head = s.stride_out_head;
+
   PrefillArguments a{};
   a.q_ptr = address(p.q);
   a.k_ptr = address(p.k);
   a.v_ptr = address(p.v);
   a.out_ptr = address(p.out);
-  a.block_table_ptr = s.block_table_ptr;
-  a.stride_table_row = s.stride_table_row;
+  a.slots_ptr = slots;
   a.item_row_ptr = i.item_row_ptr;
   a.item_position_ptr = i.item_position_ptr;
   a.item_query_start_ptr = i.item_query_start_ptr;
@@ -369,13 +434,12 @@ CUresult attention_forward(const AttentionParams& params, CUstream stream) {
   a.k = s.k;
   a.share_bits = share_bits;
   a.max_units = s.max_units;
+  a.width = l.width;
   a.stride_q_row = p.q_strides[0];
   a.stride_q_head = p.q_strides[1];
   a.stride_q_token = p.q_strides[2];
-  a.stride_k_block = p.k_strides[0];
   a.stride_k_head = p.k_strides[1];
   a.stride_k_token = p.k_strides[2];
-  a.stride_v_block = p.v_strides[0];
   a.stride_v_head = p.v_strides[1];
   a.stride_v_token = p.v_strides[2];
   a.stride_out_row = p.out_strides[0];
@@ -388,14 +452,17 @@ CUresult attention_forward(const AttentionParams& params, CUstream stream) {
   CUdeviceptr none = 0;
   void* item_list[] = {SPARSEK_ITEMS_ARGUMENTS(i)};
   void* select_list[] = {SPARSEK_SELECT_ARGUMENTS(s)};
+  void* lists_list[] = {SPARSEK_LISTS_ARGUMENTS(l)};
   void* prefill_list[] = {SPARSEK_PREFILL_ARGUMENTS(a)};
   const unsigned heads = static_cast<unsigned>(p.kv_heads);
   const unsigned programs = (plan.items + items_kernel->block - 1) / items_kernel->block;
+  const unsigned parts = (plan.width + lists_kernel->block - 1) / lists_kernel->block;
   const int64_t rows =
       int64_t{std::min(p.refresh, p.queries)} * (p.query_heads / p.kv_heads);
   const unsigned tiles = (rows + prefill_kernel->block - 1) / prefill_kernel->block;
   SPARSEK_TRY(launch(*items_kernel, context, programs, 1, 1, item_list, stream));
   SPARSEK_TRY(launch(*select_kernel, context, items, heads, 1, select_list, stream));
+  SPARSEK_TRY(launch(*lists_kernel, context, items, heads, parts, lists_list, stream));
   return launch(*prefill_kernel, context, items, heads, tiles, prefill_list, stream);
 }
 

@@ -34,7 +34,8 @@ struct AttentionParams {
   int32_t head_dim = 0;
 
   // Elements from one row of the batch, one head and one token to the next; multiples of 16,
-  // except those of scores [row, head]. All 0: the tensor is contiguous.
+  // except those of scores [row, head]. All 0: the tensor is contiguous. From one row of k to the
+  // next it must be a whole number of tokens, as many as from one row of v to the next.
   int64_t q_strides[3] = {0, 0, 0};
   int64_t k_strides[3] = {0, 0, 0};
   int64_t v_strides[3] = {0, 0, 0};

@@ -52,8 +52,8 @@ def slots_per_block(cache: torch.Tensor) -> int | None:
         cache: [num_blocks, H, page, width]. Kernels address a token by its slot: how many tokens
             it lies behind the first one of its head.
     """
-    between, rest = divmod(cache.stride(0), cache.stride(2))
-    return None if rest else between
+    block, _, token, _ = cache.stride()
+    return block // token if token and block % token == 0 else None
 
 
 @triton.jit

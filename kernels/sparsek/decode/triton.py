@@ -105,7 +105,8 @@ def decode_fwd_kernel(
     b_slots = tl.where(m_split, b_slots, -1)
     for start in range(0, high - low, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        b_slot = tl.gather(b_slots, o_n, 0)  # [N]
+        # a copy that is issued ahead of the last tile looks up a place behind the split
+        b_slot = tl.gather(b_slots, o_n % SPLIT, 0)  # [N]
         m_n = b_slot >= 0
         m_kv = m_n[:, None]
         if D < D_PAD:

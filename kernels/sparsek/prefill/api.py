@@ -37,7 +37,8 @@ def prefill(
         query: [T, Hq, D], all tokens of the batch; or [rows, T, Hq, D]: every row of the block
             table has tokens of its own.
         key_cache, value_cache: [num_blocks, H, page, D] of the same dtype or float8_e4m3fn, any
-            strides: two tensors, or the halves of vLLM's packed cache.
+            strides: two tensors, or the halves of vLLM's packed cache. Triton copies both if
+            their blocks are not the same whole number of tokens apart.
         block_table: [rows, max_blocks] int32. With one column a row is one block.
         item_row: [items] int32 (negative: skip).
         item_position: [items] int32, absolute position of the item's first query.

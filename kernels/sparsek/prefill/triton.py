@@ -22,7 +22,8 @@ from vllm_sparsek.kernels.common.device import (
     token_offsets,
 )
 
-MAX_BLOCK_M = 128
+MAX_BLOCK_M = 64
+OPTIONS = {"num_warps": 4, "num_stages": 3}  # of ``prefill_fwd_kernel``
 LIST_BLOCK = 1024  # places per program of ``lists_fwd_kernel``
 LIST_MULTIPLE = 128  # of the width of lists: a multiple of every BLOCK_N
 ITEMS_BLOCK = 256  # items per program of ``items_fwd_kernel``
@@ -261,14 +262,9 @@ def tile_sizes(head_dim: int, group: int, refresh: int, itemsize: int) -> dict[s
     rows = triton.next_power_of_2(refresh * group)
     return {
         "D_PAD": d_pad,
-        "BLOCK_M": min(MAX_BLOCK_M // 2 if wide else MAX_BLOCK_M, max(MIN_BLOCK_M, rows)),
+        "BLOCK_M": min(MAX_BLOCK_M, max(MIN_BLOCK_M, rows)),
         "BLOCK_N": 32 if wide else 64,
     }
-
-
-def options(block_m: int) -> dict[str, int]:
-    """Warps and pipeline stages of ``prefill_fwd_kernel``."""
-    return {"num_warps": 8 if block_m > 64 else 4, "num_stages": 2}
 
 
 def list_slots(
@@ -325,7 +321,9 @@ def prefill(
     if slots_per_block(key_cache) is None or (
         slots_per_block(key_cache) != slots_per_block(value_cache)
     ):
-        key_cache, value_cache = key_cache.contiguous(), value_cache.contiguous()
+        # contiguous() would keep any stride of a size of 1, which may be no divisor either
+        key_cache = key_cache.clone(memory_format=torch.contiguous_format)
+        value_cache = value_cache.clone(memory_format=torch.contiguous_format)
     slots = list_slots(
         block_table, item_row, item_position, item_query_len, units, budget,
         page_argument(page, block_table.shape[1]), slots_per_block(key_cache) or 0,
@@ -342,7 +340,7 @@ def prefill(
         units.stride(0), units.stride(1), *out.stride()[:3],
         G=group, D=head_dim, UNIT=budget.unit, SOFT=gates is not None,
         FP8=kv_scales is not None,
-        **tiles, **options(tiles["BLOCK_M"]),
+        **tiles, **OPTIONS,
     )  # fmt: skip
 
 
@@ -361,7 +359,7 @@ def compile_case(
         "G": group, "D": head_dim, "UNIT": unit, "SOFT": soft, "FP8": cache == "fp8e4nv", **tiles,
     }  # fmt: skip
     types = _TYPES.format(dtype, cache)
-    return prefill_fwd_kernel, types, constexprs, options(tiles["BLOCK_M"])
+    return prefill_fwd_kernel, types, constexprs, OPTIONS
 
 
 def lists_case(page: int, unit: int) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
