@@ -188,11 +188,12 @@ def prefill_fwd_kernel(
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     o_b = tl.arange(0, BLOCK_N)
-    # whole tiles of sinks and kept units need no mask. Queries of a short prompt may not see all
-    # sinks; a list of which some unit is missing ends in -1
+    # whole tiles of what the first query sees need no mask. Queries of a short prompt may not see
+    # all sinks; a list of which some unit is missing ends in -1
     listed = sinks + kept * UNIT
+    seen = listed + position + 1 - window_start
     complete = tl.load(p_units + tl.maximum(kept - 1, 0), mask=kept > 0, other=0) >= 0
-    plain = tl.where((position >= sinks) & complete, listed // BLOCK_N * BLOCK_N, 0)
+    plain = tl.where((position >= sinks) & complete, seen // BLOCK_N * BLOCK_N, 0)
     for start in range(0, plain, BLOCK_N):
         b_slot = tl.load(p_slots + start + o_b)
         b_k = load_rows(p_k, b_slot, stride_k_token, o_d, b_q.dtype, D, D_PAD)
@@ -201,7 +202,8 @@ def prefill_fwd_kernel(
         b_gate = None
         if SOFT:
             o_kept = start + o_b - sinks
-            b_gate = tl.load(p_gates + o_kept // UNIT, mask=o_kept >= 0, other=1.0)
+            m_kept = (o_kept >= 0) & (start + o_b < listed)
+            b_gate = tl.load(p_gates + o_kept // UNIT, mask=m_kept, other=1.0)
         b_m, b_l, b_acc = attend_tile(b_q, b_s, b_v, b_gate, b_m, b_l, b_acc)
     for start in range(plain, total, BLOCK_N):
         o_n = start + o_b
