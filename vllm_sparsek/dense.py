@@ -29,6 +29,7 @@ PAGE = 16
 DEFAULT_SCORER = "keydiff"
 # bytes of selection lists held at once
 SELECTION_BYTES = 256 << 20
+WALKS = 256  # rows times KV heads that keep a GPU busy with one program each
 # settings that are about serving, and the values that say nothing
 SERVING_ONLY: dict[str, tuple[Any, ...]] = {
     "prefill": ("auto", "sparse"), "dense_until": (0,), "dense_layers": ((),),
@@ -97,8 +98,9 @@ def attention_forward(
     shape_key = batch, queries, keys, budget.refresh, q.device
     row, position, start, length, table = _items(*shape_key)
     module = implementation("select", impl, q.device)
-    shared = module.__name__.endswith("triton") and not soft
-    shared = shared and not module.reads_once(budget.unit, width, competing)
+    shared = walk = module.__name__.endswith("triton") and not soft
+    walk = walk and batch * heads >= WALKS and module.can_walk(budget.unit, width)
+    shared = walk or (shared and not module.reads_once(budget.unit, width, competing))
     out = torch.empty_like(q)
     # Triton launches on the current device
     with torch.cuda.device_of(q):
@@ -112,7 +114,7 @@ def attention_forward(
             shape = (row[part].numel(), heads, width)
             units = torch.empty(shape, dtype=torch.int32, device=q.device)
             gates = torch.empty(shape, dtype=torch.float32, device=q.device) if soft else None
-            bases = _bases(*shape_key, low, low + shape[0]) if shared else None
+            bases = _bases(*shape_key, low, low + shape[0], walk) if shared else None
             select_api.select(
                 scores, table, row[part], position[part], budget, settings.pooling, soft, units,
                 gates, impl=impl, bases=bases,
@@ -226,15 +228,23 @@ def _items(
 
 @functools.lru_cache(maxsize=512)
 def _bases(
-    batch: int, queries: int, keys: int, refresh: int, device: torch.device, low: int, high: int
+    batch: int,
+    queries: int,
+    keys: int,
+    refresh: int,
+    device: torch.device,
+    low: int,
+    high: int,
+    walk: bool,
 ) -> ChunkBases:
     """What the selections of items ``low``..``high`` share, so that long contexts cost little.
 
     A base costs a look at its context, an item a look at what the items before it in its base
-    added: about the root of the items of a row share one.
+    added: about the root of the items of a row share one. In a walk an item costs what it adds, but
+    waits for the ones before it: all items of a row are one.
     """
     blocks = (keys - 1) // refresh - (keys - queries) // refresh + 1
-    per_base = math.isqrt(blocks)
+    per_base = blocks if walk else math.isqrt(blocks)
     per_row = -(-blocks // per_base)
     item = torch.arange(low, high)
     base = item // blocks * per_row + item % blocks // per_base
@@ -243,6 +253,9 @@ def _bases(
     last = (first + per_base).clamp(max=blocks) - 1
     position = (torch.stack([first, last], dim=1) + (keys - queries) // refresh) * refresh
     bounds = torch.cat([(used // per_row)[:, None], position], dim=1)
+    counts = torch.bincount(base - base[0])
+    first_item = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().to(device)
     return ChunkBases(
-        (base - base[0]).int().to(device), bounds.int().to(device), int(position[:, 0].max())
-    )
+        (base - base[0]).int().to(device), bounds.int().to(device), int(position[:, 0].max()),
+        first_item if walk else None,
+    )  # fmt: skip

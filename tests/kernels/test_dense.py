@@ -220,6 +220,24 @@ def test_selections_that_share_a_base_are_those_made_alone(name, at_once, device
     torch.testing.assert_close(together, alone, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["r16-token", "short-queries"])
+@pytest.mark.parametrize("at_once", [1 << 28, 1000], ids=["whole", "parts"])
+def test_walked_selections_are_those_made_alone(name, at_once, device, monkeypatch):
+    from vllm_sparsek.kernels.select import triton as select_triton
+
+    q, k, v, scores, settings = problem(CASES[name])
+    q, k, v, scores = (t.to(device) for t in (q, k, v, scores))
+    monkeypatch.setattr("vllm_sparsek.dense.SELECTION_BYTES", at_once)
+    alone = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
+    walked = []
+    tile = select_triton._walk_tile
+    monkeypatch.setattr(select_triton, "_walk_tile", lambda *a: walked.append(1) or tile(*a))
+    monkeypatch.setattr("vllm_sparsek.dense.WALKS", 1)
+    together = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
+    assert walked
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+
+
 class Recorder:
     """Stands for a kernel and keeps what it is launched with."""
 

@@ -21,8 +21,12 @@ class ChunkBases:
         bounds: [bases, 3] int32: row of the block table, position of the first item (at its refresh
             block's start), and of the last one, which keeps most.
         longest: no first item's position is higher.
+        first_item: [bases + 1] int32, where the items of every base begin, one base after another
+            and ascending: each list is then made from the one before, one item at a time. For
+            many bases and KV heads at once, of few items each.
     """
 
     item_base: torch.Tensor
     bounds: torch.Tensor
     longest: int
+    first_item: torch.Tensor | None = None
