@@ -7,7 +7,6 @@ context, so nothing is copied while keys and values lie alike.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from vllm_sparsek.kernels.common.dispatch import check_shape, check_tensor, impl
 from vllm_sparsek.kernels.common.validate import FLOATS
 from vllm_sparsek.kernels.prefill import api as prefill_api
 from vllm_sparsek.kernels.select import api as select_api
-from vllm_sparsek.kernels.select.chunk import ChunkBases
+from vllm_sparsek.kernels.select.chunk import row_bases
 from vllm_sparsek.scorers import scorer_class
 
 # tokens of a unit at granularity ``page``: vLLM's block on CUDA
@@ -29,7 +28,6 @@ PAGE = 16
 DEFAULT_SCORER = "keydiff"
 # bytes of selection lists held at once
 SELECTION_BYTES = 256 << 20
-WALKS = 256  # rows times KV heads that keep a GPU busy with one program each
 # settings that are about serving, and the values that say nothing
 SERVING_ONLY: dict[str, tuple[Any, ...]] = {
     "prefill": ("auto", "sparse"), "dense_until": (0,), "dense_layers": ((),),
@@ -98,9 +96,9 @@ def attention_forward(
     shape_key = batch, queries, keys, budget.refresh, q.device
     row, position, start, length, table = _items(*shape_key)
     module = implementation("select", impl, q.device)
-    shared = walk = module.__name__.endswith("triton") and not soft
-    walk = walk and batch * heads >= WALKS and module.can_walk(budget.unit, width)
-    shared = walk or (shared and not module.reads_once(budget.unit, width, competing))
+    sharing = ""
+    if module.__name__.endswith("triton") and not soft:
+        sharing = module.sharing(budget.unit, width, competing, batch * heads)
     out = torch.empty_like(q)
     # Triton launches on the current device
     with torch.cuda.device_of(q):
@@ -114,7 +112,7 @@ def attention_forward(
             shape = (row[part].numel(), heads, width)
             units = torch.empty(shape, dtype=torch.int32, device=q.device)
             gates = torch.empty(shape, dtype=torch.float32, device=q.device) if soft else None
-            bases = _bases(*shape_key, low, low + shape[0], walk) if shared else None
+            bases = row_bases(*shape_key, low, low + shape[0], sharing) if sharing else None
             select_api.select(
                 scores, table, row[part], position[part], budget, settings.pooling, soft, units,
                 gates, impl=impl, bases=bases,
@@ -224,38 +222,3 @@ def _items(
     )  # [4, items]
     row_, position_, start_, length_ = items.int().to(device)
     return row_, position_, start_, length_, row[:, None].int().to(device)
-
-
-@functools.lru_cache(maxsize=512)
-def _bases(
-    batch: int,
-    queries: int,
-    keys: int,
-    refresh: int,
-    device: torch.device,
-    low: int,
-    high: int,
-    walk: bool,
-) -> ChunkBases:
-    """What the selections of items ``low``..``high`` share, so that long contexts cost little.
-
-    A base costs a look at its context, an item a look at what the items before it in its base
-    added: about the root of the items of a row share one. In a walk an item costs what it adds, but
-    waits for the ones before it: all items of a row are one.
-    """
-    blocks = (keys - 1) // refresh - (keys - queries) // refresh + 1
-    per_base = blocks if walk else math.isqrt(blocks)
-    per_row = -(-blocks // per_base)
-    item = torch.arange(low, high)
-    base = item // blocks * per_row + item % blocks // per_base
-    used = torch.arange(int(base[0]), int(base[-1]) + 1)
-    first = used % per_row * per_base
-    last = (first + per_base).clamp(max=blocks) - 1
-    position = (torch.stack([first, last], dim=1) + (keys - queries) // refresh) * refresh
-    bounds = torch.cat([(used // per_row)[:, None], position], dim=1)
-    counts = torch.bincount(base - base[0])
-    first_item = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().to(device)
-    return ChunkBases(
-        (base - base[0]).int().to(device), bounds.int().to(device), int(position[:, 0].max()),
-        first_item if walk else None,
-    )  # fmt: skip

@@ -8,6 +8,8 @@ import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.select import api as select_api
+from vllm_sparsek.kernels.select.chunk import row_bases
+from vllm_sparsek.kernels.select.triton import sharing
 from vllm_sparsek.serving_bench.kernel_bench import work
 from vllm_sparsek.serving_bench.kernel_bench.cases import Case
 
@@ -115,10 +117,21 @@ class Inputs:
         return torch.empty(shape, dtype=torch.int32, device=self.device)
 
     def select(self, budget: Budget, items: Items, units: torch.Tensor) -> None:
-        """Our full selection."""
+        """Our full selection, shared between the items of a prompt as the package does."""
+        case, bases = self.case, None
+        if case.kind == "prefill" and self.sets == 1 and self.device.type == "cuda":
+            last = budget.selection_position(case.context - 1)
+            competing = budget.end_unit(last) - budget.first_unit()
+            how = sharing(budget.unit, units.shape[2], competing, case.batch * case.kv_heads)
+            if how:
+                bases = row_bases(
+                    case.batch, case.queries, case.context, budget.refresh, self.device,
+                    0, items.row.numel(), how,
+                )  # fmt: skip
         select_api.select(
-            self.scores, self.table, items.row, items.position, budget, POOLING, False, units
-        )
+            self.scores, self.table, items.row, items.position, budget, POOLING, False, units,
+            bases=bases,
+        )  # fmt: skip
 
     def units(self, budget: Budget, s: int) -> torch.Tensor:
         """[items, H, K]: what our selection keeps for input set ``s``; made once, then kept."""

@@ -214,7 +214,7 @@ def test_selections_that_share_a_base_are_those_made_alone(name, at_once, device
     monkeypatch.setattr(select_triton, "_base_lists", lambda *a: launched.append(1) or lists(*a))
     alone = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
     assert not launched
-    monkeypatch.setattr(select_triton, "reads_once", lambda *_: False)
+    monkeypatch.setattr(select_triton, "sharing", lambda *_: "base")
     together = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
     assert launched
     torch.testing.assert_close(together, alone, rtol=0, atol=0)
@@ -232,7 +232,7 @@ def test_walked_selections_are_those_made_alone(name, at_once, device, monkeypat
     walked = []
     tile = select_triton._walk_tile
     monkeypatch.setattr(select_triton, "_walk_tile", lambda *a: walked.append(1) or tile(*a))
-    monkeypatch.setattr("vllm_sparsek.dense.WALKS", 1)
+    monkeypatch.setattr(select_triton, "WALKS", 1)
     together = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
     assert walked
     torch.testing.assert_close(together, alone, rtol=0, atol=0)

@@ -7,6 +7,8 @@ them and at what left the window since.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,3 +32,42 @@ class ChunkBases:
     bounds: torch.Tensor
     longest: int
     first_item: torch.Tensor | None = None
+
+
+@functools.lru_cache(maxsize=512)
+def row_bases(
+    batch: int,
+    queries: int,
+    keys: int,
+    refresh: int,
+    device: torch.device,
+    low: int,
+    high: int,
+    sharing: str,
+) -> ChunkBases:
+    """Bases of items ``low``..``high`` of rows of equal length, all refresh blocks of all rows.
+
+    A base costs a look at its context, an item a look at what the items before it in its base
+    added: about the root of the items of a row share one. In a walk an item costs what it adds, but
+    waits for the ones before it: all items of a row are one.
+
+    Args:
+        batch, queries, keys: rows, and the last ``queries`` of ``keys`` positions of each.
+        refresh: R; sharing: base or walk, see ``triton.sharing``.
+    """
+    blocks = (keys - 1) // refresh - (keys - queries) // refresh + 1
+    per_base = blocks if sharing == "walk" else math.isqrt(blocks)
+    per_row = -(-blocks // per_base)
+    item = torch.arange(low, high)
+    base = item // blocks * per_row + item % blocks // per_base
+    used = torch.arange(int(base[0]), int(base[-1]) + 1)
+    first = used % per_row * per_base
+    last = (first + per_base).clamp(max=blocks) - 1
+    position = (torch.stack([first, last], dim=1) + (keys - queries) // refresh) * refresh
+    bounds = torch.cat([(used // per_row)[:, None], position], dim=1)
+    counts = torch.bincount(base - base[0])
+    first_item = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().to(device)
+    return ChunkBases(
+        (base - base[0]).int().to(device), bounds.int().to(device), int(position[:, 0].max()),
+        first_item if sharing == "walk" else None,
+    )  # fmt: skip

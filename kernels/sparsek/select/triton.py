@@ -21,6 +21,7 @@ from vllm_sparsek.kernels.select.device import fold_best, radix_best
 from vllm_sparsek.kernels.select.memo import SelectionMemo
 
 TOKEN_BLOCK = 4096  # token scores per step, at least
+WALKS = 256  # programs that keep a GPU busy though each waits for itself
 MAX_FOLD = 8192  # units kept that leave room for as many more in a tile
 # pages per step; at least one per thread, since every page score lives in one thread
 PAGE_BLOCK = 128
@@ -288,10 +289,18 @@ def can_walk(unit: int, width: int) -> bool:
     return unit == 1 and width <= MAX_FOLD
 
 
-def reads_once(unit: int, width: int, competing: int) -> bool:
-    """Whether a selection of ``width`` among so many units reads them once: a base is no gain."""
+def sharing(unit: int, width: int, competing: int, walks: int) -> str:
+    """How items of a row best share their work: walk, base, or not at all (empty).
+
+    Args:
+        unit, width: tokens of a unit, units kept; competing: most units that compete for them.
+        walks: rows times KV heads, the programs of a walk.
+    """
+    if walks >= WALKS and can_walk(unit, width):
+        return "walk"
     tile, _ = _tile(unit, "lse", False, width)
-    return bool(competing <= tile["BLOCK"])
+    # what is read once gains nothing from a base
+    return "" if competing <= tile["BLOCK"] else "base"
 
 
 def select(
