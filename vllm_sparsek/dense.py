@@ -96,9 +96,8 @@ def attention_forward(
     shape_key = batch, queries, keys, budget.refresh, q.device
     row, position, start, length, table = _items(*shape_key)
     module = implementation("select", impl, q.device)
-    sharing = ""
-    if module.__name__.endswith("triton") and not soft:
-        sharing = module.sharing(budget.unit, width, competing, batch * heads)
+    shared = module.__name__.endswith("triton") and not soft
+    shared = shared and module.shares_base(budget.unit, width, competing)
     out = torch.empty_like(q)
     # Triton launches on the current device
     with torch.cuda.device_of(q):
@@ -112,7 +111,7 @@ def attention_forward(
             shape = (row[part].numel(), heads, width)
             units = torch.empty(shape, dtype=torch.int32, device=q.device)
             gates = torch.empty(shape, dtype=torch.float32, device=q.device) if soft else None
-            bases = row_bases(*shape_key, low, low + shape[0], sharing) if sharing else None
+            bases = row_bases(*shape_key, low, low + shape[0]) if shared else None
             select_api.select(
                 scores, table, row[part], position[part], budget, settings.pooling, soft, units,
                 gates, impl=impl, bases=bases,

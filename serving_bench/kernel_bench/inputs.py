@@ -9,7 +9,7 @@ import torch
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.select import api as select_api
 from vllm_sparsek.kernels.select.chunk import row_bases
-from vllm_sparsek.kernels.select.triton import sharing
+from vllm_sparsek.kernels.select.triton import shares_base
 from vllm_sparsek.serving_bench.kernel_bench import work
 from vllm_sparsek.serving_bench.kernel_bench.cases import Case
 
@@ -122,11 +122,10 @@ class Inputs:
         if case.kind == "prefill" and self.sets == 1 and self.device.type == "cuda":
             last = budget.selection_position(case.context - 1)
             competing = budget.end_unit(last) - budget.first_unit()
-            how = sharing(budget.unit, units.shape[2], competing, case.batch * case.kv_heads)
-            if how:
+            if shares_base(budget.unit, units.shape[2], competing):
                 bases = row_bases(
                     case.batch, case.queries, case.context, budget.refresh, self.device,
-                    0, items.row.numel(), how,
+                    0, items.row.numel(),
                 )  # fmt: skip
         select_api.select(
             self.scores, self.table, items.row, items.position, budget, POOLING, False, units,

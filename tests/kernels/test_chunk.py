@@ -46,21 +46,12 @@ def chunk_items(budget):
     return row, position, bases
 
 
-def walk_of(bases):
-    """The same bases, their items walked; the padding at the end is nobody's."""
-    counts = torch.bincount(bases.item_base[:-1].long(), minlength=len(CHUNKS))
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return replace(bases, first_item=first.int())
-
-
 def run(paged, row, position, bases, budget, soft=False):
     device = paged.scores.device
     shape = (row.numel(), paged.scores.shape[1], budget.max_units(max(LENGTHS)))
     units = torch.full(shape, 77, dtype=torch.int32, device=device)
     gates = torch.empty(shape, device=device) if soft else None
     bases = replace(bases, item_base=bases.item_base.to(device), bounds=bases.bounds.to(device))
-    if bases.first_item is not None:
-        bases = replace(bases, first_item=bases.first_item.to(device))
     api.select(
         paged.scores, paged.block_table, row.to(device), position.to(device), budget, "max", soft,
         units, gates, impl="triton", bases=bases,
@@ -81,29 +72,6 @@ def test_the_selection_is_that_of_every_item_alone(budget, levels, segment, devi
         paged.scores, paged.block_table, row, position, budget, "max", False, width
     )
     assert torch.equal(run(paged.to(device), row, position, bases, budget), expected)
-
-
-@pytest.mark.parametrize("levels", [None, 4], ids=["random", "ties"])
-@pytest.mark.parametrize("budget", [b for b in BUDGETS.values() if b.unit == 1])
-def test_a_walk_makes_the_same_lists(budget, levels, device):
-    paged = build(LENGTHS, 2, 8, 16, levels=levels)
-    row, position, bases = chunk_items(budget)
-    expected, _ = reference.select(
-        paged.scores, paged.block_table, row, position, budget, "max", False,
-        budget.max_units(max(LENGTHS)),
-    )  # fmt: skip
-    found = run(paged.to(device), row, position, walk_of(bases), budget)
-    assert torch.equal(found[:-1], expected[:-1])
-    # the padding item belongs to no walk
-    assert bool((found[-1] == 77).all())
-
-
-def test_pages_and_long_lists_are_not_walked(device):
-    paged = build(LENGTHS, 2, 8, 16)
-    for budget in (BUDGETS["pages"], replace(BUDGET, k=9000)):
-        row, position, bases = chunk_items(budget)
-        with pytest.raises(ValueError, match=r"bases\.first_item"):
-            run(paged.to(device), row, position, walk_of(bases), budget)
 
 
 def test_items_look_at_their_base_and_at_what_left_the_window_since(device):

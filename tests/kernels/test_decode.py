@@ -142,7 +142,7 @@ def test_blocks_beyond_two_to_the_31_elements_are_found(device):
     paged, query, row, position, units, gates, budget, scale = problem(case)
     expected = attend(paged.to(device), query, row, position, units, gates, budget, scale)
     used, heads, page, width = paged.kv_cache.shape
-    stride = ((1 << 31) // (used - 2)) // 64 * 64
+    stride = (1 << 31) // (used - 2) // width * width
     storage = torch.empty(stride * used, dtype=BF16, device=device)
     strides = (stride, page * width, width, 1)
     far = storage.as_strided((used, heads, page, width), strides).copy_(paged.kv_cache)

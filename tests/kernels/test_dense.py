@@ -214,27 +214,9 @@ def test_selections_that_share_a_base_are_those_made_alone(name, at_once, device
     monkeypatch.setattr(select_triton, "_base_lists", lambda *a: launched.append(1) or lists(*a))
     alone = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
     assert not launched
-    monkeypatch.setattr(select_triton, "sharing", lambda *_: "base")
+    monkeypatch.setattr(select_triton, "shares_base", lambda *_: True)
     together = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
     assert launched
-    torch.testing.assert_close(together, alone, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", ["r16-token", "short-queries"])
-@pytest.mark.parametrize("at_once", [1 << 28, 1000], ids=["whole", "parts"])
-def test_walked_selections_are_those_made_alone(name, at_once, device, monkeypatch):
-    from vllm_sparsek.kernels.select import triton as select_triton
-
-    q, k, v, scores, settings = problem(CASES[name])
-    q, k, v, scores = (t.to(device) for t in (q, k, v, scores))
-    monkeypatch.setattr("vllm_sparsek.dense.SELECTION_BYTES", at_once)
-    alone = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
-    walked = []
-    tile = select_triton._walk_tile
-    monkeypatch.setattr(select_triton, "_walk_tile", lambda *a: walked.append(1) or tile(*a))
-    monkeypatch.setattr(select_triton, "WALKS", 1)
-    together = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
-    assert walked
     torch.testing.assert_close(together, alone, rtol=0, atol=0)
 
 

@@ -22,7 +22,7 @@ from vllm_sparsek.kernels.common.device import (
 from vllm_sparsek.kernels.decode.splits import SPLIT_TOKENS, split_sizes
 
 # of decode_fwd_kernel
-OPTIONS = {"num_warps": 4, "num_stages": 3}
+OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "splits"])

@@ -188,12 +188,14 @@ def prefill_fwd_kernel(
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     o_b = tl.arange(0, BLOCK_N)
-    # whole tiles of what the first query sees need no mask. Queries of a short prompt may not see
-    # all sinks; a list of which some unit is missing ends in -1
+    # whole tiles of what all queries of the refresh block see need no mask, wherever a chunk of the
+    # prompt begins. Queries of a short prompt may not see all sinks; a list of which some unit is
+    # missing ends in -1
     listed = sinks + kept * UNIT
-    seen = listed + position + 1 - window_start
+    block_start = position // refresh * refresh
+    seen = listed + block_start + 1 - window_start
     complete = tl.load(p_units + tl.maximum(kept - 1, 0), mask=kept > 0, other=0) >= 0
-    plain = tl.where((position >= sinks) & complete, seen // BLOCK_N * BLOCK_N, 0)
+    plain = tl.where((block_start >= sinks) & complete, seen // BLOCK_N * BLOCK_N, 0)
     for start in range(0, plain, BLOCK_N):
         b_slot = tl.load(p_slots + start + o_b)
         b_k = load_rows(p_k, b_slot, stride_k_token, o_d, b_q.dtype, D, D_PAD)

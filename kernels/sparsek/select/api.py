@@ -103,11 +103,6 @@ def select(
         check_shape("bases.item_base", bases.item_base, tuple(item_row.shape))
         check_tensor("bases.bounds", bases.bounds, 2, torch.int32, device)
         check_shape("bases.bounds", bases.bounds, (bases.bounds.shape[0], 3))
-        if bases.first_item is not None:
-            check_tensor("bases.first_item", bases.first_item, 1, torch.int32, device)
-            check_shape("bases.first_item", bases.first_item, (bases.bounds.shape[0] + 1,))
-            if not module.can_walk(budget.unit, units_out.shape[2]):
-                raise ValueError("bases.first_item is for lists of tokens that fit a tile")
     module.select(
         scores, block_table, item_row, item_position, budget, pooling, soft, units_out, gates_out,
         memo, bases,

@@ -23,15 +23,11 @@ class ChunkBases:
         bounds: [bases, 3] int32: row of the block table, position of the first item (at its refresh
             block's start), and of the last one, which keeps most.
         longest: no first item's position is higher.
-        first_item: [bases + 1] int32, where the items of every base begin, one base after another
-            and ascending: each list is then made from the one before, one item at a time. For
-            many bases and KV heads at once, of few items each.
     """
 
     item_base: torch.Tensor
     bounds: torch.Tensor
     longest: int
-    first_item: torch.Tensor | None = None
 
 
 @functools.lru_cache(maxsize=512)
@@ -43,20 +39,18 @@ def row_bases(
     device: torch.device,
     low: int,
     high: int,
-    sharing: str,
 ) -> ChunkBases:
     """Bases of items ``low``..``high`` of rows of equal length, all refresh blocks of all rows.
 
     A base costs a look at its context, an item a look at what the items before it in its base
-    added: about the root of the items of a row share one. In a walk an item costs what it adds, but
-    waits for the ones before it: all items of a row are one.
+    added: about the root of the items of a row share one.
 
     Args:
         batch, queries, keys: rows, and the last ``queries`` of ``keys`` positions of each.
-        refresh: R; sharing: base or walk, see ``triton.sharing``.
+        refresh: R.
     """
     blocks = (keys - 1) // refresh - (keys - queries) // refresh + 1
-    per_base = blocks if sharing == "walk" else math.isqrt(blocks)
+    per_base = math.isqrt(blocks)
     per_row = -(-blocks // per_base)
     item = torch.arange(low, high)
     base = item // blocks * per_row + item % blocks // per_base
@@ -65,9 +59,6 @@ def row_bases(
     last = (first + per_base).clamp(max=blocks) - 1
     position = (torch.stack([first, last], dim=1) + (keys - queries) // refresh) * refresh
     bounds = torch.cat([(used // per_row)[:, None], position], dim=1)
-    counts = torch.bincount(base - base[0])
-    first_item = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().to(device)
     return ChunkBases(
-        (base - base[0]).int().to(device), bounds.int().to(device), int(position[:, 0].max()),
-        first_item if sharing == "walk" else None,
-    )  # fmt: skip
+        (base - base[0]).int().to(device), bounds.int().to(device), int(position[:, 0].max())
+    )

@@ -259,8 +259,7 @@ def best_of_tile(b_key, keep):
 def fold_best(
     keep,
     low,
-    p_held,  # the running best to begin with; may be p_units
-    held,  # units in it
+    held,  # units of the running best that are in p_units already
     p_list,
     listed,
     fresh,
@@ -293,7 +292,7 @@ def fold_best(
         o_s = taken + o_b - held
         o_u, m_u = streamed_units(o_s, p_list, listed, fresh, end, LISTED)
         m_held = o_b < held
-        o_u = tl.where(m_held, tl.load(p_held + o_b, mask=m_held, other=0), o_u)
+        o_u = tl.where(m_held, tl.load(p_units + o_b, mask=m_held, other=0), o_u)
         m_u = m_u | m_held
         b_z = load_unit_scores(
             o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
@@ -306,7 +305,6 @@ def fold_best(
         take(o_u, m_u, b_z, b_key, threshold, ties, 0, 0, wanted, 0.0, 0.0, p_units, p_units, False)
         taken += BLOCK - held
         more = taken < length
-        p_held = p_units
         held = wanted
         # what one thread wrote, another reads in the next round
         tl.debug_barrier()

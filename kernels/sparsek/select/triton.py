@@ -21,7 +21,6 @@ from vllm_sparsek.kernels.select.device import fold_best, radix_best
 from vllm_sparsek.kernels.select.memo import SelectionMemo
 
 TOKEN_BLOCK = 4096  # token scores per step, at least
-WALKS = 256  # programs that keep a GPU busy though each waits for itself
 MAX_FOLD = 8192  # units kept that leave room for as many more in a tile
 # pages per step; at least one per thread, since every page score lives in one thread
 PAGE_BLOCK = 128
@@ -138,7 +137,7 @@ def select_fwd_kernel(
         fresh = base_end
     if FOLD:
         fold_best(
-            keep, first_unit, p_units, held, p_list, listed, fresh, end, p_scores, p_table,
+            keep, first_unit, held, p_list, listed, fresh, end, p_scores, p_table,
             stride_score_block, p_units, max_units, PAGE, UNIT, POOLING, BASE, BLOCK,
         )  # fmt: skip
     else:
@@ -194,7 +193,7 @@ def base_fwd_kernel(
     p_units = units_ptr + (i_base * tl.num_programs(2) + i_s) * max_units
     if FOLD:
         fold_best(
-            keep, low, p_units, held, p_list, listed, fresh, end, p_scores, p_table,
+            keep, low, held, p_list, listed, fresh, end, p_scores, p_table,
             stride_score_block, p_units, max_units, PAGE, UNIT, POOLING, UNION, BLOCK,
         )  # fmt: skip
     else:
@@ -202,61 +201,6 @@ def base_fwd_kernel(
             keep, low, p_list, listed, fresh, end, p_scores, p_table, stride_score_block,
             p_units, p_units, max_units, PAGE, UNIT, POOLING, False, UNION, BLOCK,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units"])
-def walk_fwd_kernel(
-    scores_ptr,  # [num_blocks, H, page] float32
-    block_table_ptr,  # [rows, max_blocks] int32
-    item_row_ptr,  # [items] int32
-    item_position_ptr,  # [items] int32
-    first_item_ptr,  # [walks + 1] int32
-    units_ptr,  # [items, H, K] int32
-    first_unit,
-    window,
-    refresh,
-    k,
-    share_bits,
-    max_units,  # K
-    stride_score_block,
-    stride_score_head,
-    stride_table_row,
-    stride_out_item,
-    stride_out_head,
-    PAGE: tl.constexpr,
-    UNIT: tl.constexpr,
-    POOLING: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Kept units of consecutive items of a row, each from the list before and what is new."""
-    i_w, i_h = tl.program_id(0), tl.program_id(1)
-    first = tl.load(first_item_ptr + i_w)
-    row = tl.load(item_row_ptr + first)
-    p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
-    p_scores = scores_ptr + i_h.to(tl.int64) * stride_score_head
-    p_units = units_ptr + first.to(tl.int64) * stride_out_item + i_h * stride_out_head
-    p_held = p_units
-    kept = first * 0
-    fresh = first * 0 + first_unit
-    for i in range(first, tl.load(first_item_ptr + i_w + 1)):
-        start = tl.load(item_position_ptr + i) // refresh * refresh
-        end = end_unit(start, first_unit, window, UNIT)
-        keep = tl.minimum(units_kept(start, k, share_bits, UNIT), max_units)
-        keep = tl.minimum(keep, end - first_unit)
-        # a list that grows is made anew, unless it holds all there was
-        anew = (keep > kept) & (kept < fresh - first_unit)
-        held = tl.where(anew, 0, kept)
-        fresh = tl.where(anew, first_unit, fresh)
-        fold_best(
-            keep, first_unit, p_held, held, p_held, 0, fresh, end, p_scores, p_table,
-            stride_score_block, p_units, max_units, PAGE, UNIT, POOLING, False, BLOCK,
-        )  # fmt: skip
-        # what one thread wrote, another reads for the next item
-        tl.debug_barrier()
-        p_held = p_units
-        p_units += stride_out_item
-        kept = keep
-        fresh = end
 
 
 def supported(unit: int, page: int, columns: int) -> tuple[bool, str]:
@@ -278,29 +222,14 @@ def _tile(
     return {"FOLD": True, "BLOCK": block}, {"num_warps": block // 512}
 
 
-def _walk_tile(width: int, refresh: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Constexprs and options of ``walk_fwd_kernel``: a list and what one item adds, at least."""
-    block = max(512, triton.next_power_of_2(width + refresh))
-    return {"BLOCK": block}, {"num_warps": max(2, block // 512)}
-
-
-def can_walk(unit: int, width: int) -> bool:
-    """Whether lists of so many units can be made by a walk; pages are pooled in another way."""
-    return unit == 1 and width <= MAX_FOLD
-
-
-def sharing(unit: int, width: int, competing: int, walks: int) -> str:
-    """How items of a row best share their work: walk, base, or not at all (empty).
+def shares_base(unit: int, width: int, competing: int) -> bool:
+    """Whether items of a row gain from a base: not where a selection reads its units once.
 
     Args:
         unit, width: tokens of a unit, units kept; competing: most units that compete for them.
-        walks: rows times KV heads, the programs of a walk.
     """
-    if walks >= WALKS and can_walk(unit, width):
-        return "walk"
     tile, _ = _tile(unit, "lse", False, width)
-    # what is read once gains nothing from a base
-    return "" if competing <= tile["BLOCK"] else "base"
+    return bool(competing > tile["BLOCK"])
 
 
 def select(
@@ -319,18 +248,6 @@ def select(
     """See ``reference.select``, ``SelectionMemo`` and ``ChunkBases``."""
     items, heads, width = units_out.shape
     if items == 0:
-        return
-    if bases is not None and bases.first_item is not None:
-        walks = bases.first_item.shape[0] - 1
-        tile, options = _walk_tile(width, budget.refresh)
-        walk_fwd_kernel[(walks, heads)](
-            scores, block_table, item_row, item_position, bases.first_item, units_out,
-            *budget_arguments(budget), width,
-            scores.stride(0), scores.stride(1), block_table.stride(0),
-            units_out.stride(0), units_out.stride(1),
-            PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
-            POOLING=pooling, **tile, **options,
-        )  # fmt: skip
         return
     tile, options = _tile(budget.unit, pooling, soft, width)
     base, base_bounds, item_base = units_out, item_row, item_row
@@ -463,15 +380,5 @@ COMPILE_CASES = [
         for page, unit in ((16, 1), (16, 16), (0, 1))
         for union in (False, True)
         for tile, options in [_tile(unit, "lse", False, 2048 // unit)]
-    ),
-    *(
-        (
-            walk_fwd_kernel,
-            "*fp32 *i32 *i32 *i32 *i32 *i32 i32 i32 i32 i32 i64 i32 i64 i32 i32 i64 i32",
-            {"PAGE": page, "UNIT": 1, "POOLING": "lse", **tile},
-            options,
-        )
-        for page in (0, 16)
-        for tile, options in [_walk_tile(512, 128)]
     ),
 ]
