@@ -69,7 +69,7 @@ def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]
     run([prompt(999, 20000), prompt(998, 9000)], 4)
     for name in os.environ.get("LLAMA_CASES", CASES).split(","):
         rows, length = map(int, name.split("x"))
-        prompts = [prompt(1000 + i, length) for i in range(rows)]
+        prompts = [prompt(100 * length + 10 * rows + i, length) for i in range(rows)]
         _, prefill = run(prompts, 1)
         run(prompts, 4)
         tokens, few = min((run(prompts, 8) for _ in range(2)), key=lambda r: r[1])
