@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sparsek.attention.layer_budgets import read_shares, split, split_budget
+from vllm_sparsek.attention.layer_budgets import capped, read_shares, split, split_budget
 from vllm_sparsek.config import SparseKConfig
 from vllm_sparsek.kernels.common.budget import Budget, mean_tokens_attended
 from vllm_sparsek.scorers.scorer_file import (
@@ -20,24 +21,25 @@ from vllm_sparsek.scorers.scorer_file import (
     save_scorer,
 )
 
+LONGEST = 100_000
 BUDGET = Budget(k=512, window=64, sinks=4, refresh=16)
 
 
 def test_equal_shares_are_the_nominal_budget():
-    assert set(split_budget(BUDGET, (1.0,) * 30, ())) == {BUDGET}
+    assert set(split_budget(BUDGET, (1.0,) * 30, (), LONGEST)) == {BUDGET}
     share = Budget(k=64, window=64, sinks=4, refresh=16, k_share=0.25)
-    assert set(split_budget(share, (1.0,) * 30, ())) == {share}
+    assert set(split_budget(share, (1.0,) * 30, (), LONGEST)) == {share}
 
 
 def test_a_layer_with_twice_the_share_keeps_twice_as_much():
-    a, b, c = split_budget(BUDGET, (0.5, 1.0, 1.5), ())
+    a, b, c = split_budget(BUDGET, (0.5, 1.0, 1.5), (), LONGEST)
     assert (a.k, b.k, c.k) == (256, 512, 768)
     # shares are relative to each other
-    assert split_budget(BUDGET, (5.0, 10.0, 15.0), ()) == (a, b, c)
+    assert split_budget(BUDGET, (5.0, 10.0, 15.0), (), LONGEST) == (a, b, c)
 
 
 def test_dense_layers_and_layers_without_a_share_do_not_count():
-    found = split_budget(BUDGET, (7.0, 0.5, 0.0, 1.5), (0,))
+    found = split_budget(BUDGET, (7.0, 0.5, 0.0, 1.5), (0,), LONGEST)
     assert found[0] is None
     assert found[2] is None
     assert (found[1].k, found[3].k) == (256, 768)
@@ -45,19 +47,43 @@ def test_dense_layers_and_layers_without_a_share_do_not_count():
 
 def test_pages_are_split_whole():
     budget = Budget(k=100, window=64, sinks=4, refresh=16, unit=32)
-    found = split_budget(budget, (0.3, 1.0, 1.7), ())
+    found = split_budget(budget, (0.3, 1.0, 1.7), (), LONGEST)
     assert [b.k % 32 for b in found] == [0, 0, 0]
     assert sum(b.units_kept(5000) for b in found) == 3 * budget.units_kept(5000)
 
 
 def test_a_share_of_the_context_is_scaled_up_to_the_whole_context():
-    budget = Budget(k=64, window=64, sinks=4, refresh=16, k_share=0.4)
-    low, high = split_budget(budget, (0.25, 2.75), ())
-    assert low.k_share == pytest.approx(0.4 * 0.25 / 1.5)
-    assert split_budget(budget, (0.05, 2.95), ())[1].k_share == pytest.approx(0.4 * 2.95 / 1.5)
-    assert split_budget(budget, (0.1, 0.1, 9.0), ())[2].k_share == 1.0
+    budget = Budget(k=64, window=64, sinks=4, refresh=16, k_share=0.3)
+    low, high = split_budget(budget, (0.25, 2.75), (), LONGEST)
+    assert low.k_share == pytest.approx(0.3 * 0.25 / 1.5)
+    _, higher = split_budget(budget, (0.05, 2.95), (), LONGEST)
+    assert higher.k_share == pytest.approx(0.3 * 2.95 / 1.5)
+    # what the last layer cannot use goes to the first two
+    found = split_budget(replace(budget, k_share=0.5), (0.1, 0.3, 9.0), (), LONGEST)
+    assert [b.k_share for b in found] == pytest.approx([0.125, 0.375, 1.0])
     assert high.k % 16 == 0
     assert low.k + high.k == 128
+
+
+def test_no_layer_is_given_more_than_the_longest_context():
+    found = split_budget(BUDGET, (0.5, 0.5, 2.0), (), 800)
+    assert [b.k for b in found] == [368, 368, 800]
+    # a budget beyond every context reads everything, whatever the shares
+    assert {b.k for b in split_budget(BUDGET, (0.5, 0.5, 2.0), (), 300)} == {512}
+
+
+@given(
+    st.lists(st.floats(0.001, 100), min_size=1, max_size=40),
+    st.floats(1.0001, 50),
+)
+def test_capped_shares_keep_their_mean_and_order(shares, ceiling):
+    mean = sum(shares) / len(shares)
+    relative = [share / mean for share in shares]
+    found = capped(relative, ceiling)
+    assert sum(found) == pytest.approx(len(shares), rel=1e-6)
+    assert max(found) <= ceiling * (1 + 1e-6)
+    ordered = sorted(range(len(shares)), key=relative.__getitem__)
+    assert all(found[a] <= found[b] + 1e-9 for a, b in itertools.pairwise(ordered))
 
 
 @given(
@@ -81,7 +107,7 @@ def test_a_split_has_the_nominal_total_in_positive_multiples(k, shares, step):
 @pytest.mark.parametrize("unit", [1, 32])
 def test_the_mean_over_layers_is_the_mean_of_each_layers_tokens(unit, k_share):
     nominal = Budget(k=96, window=50, sinks=4, refresh=16, unit=unit, k_share=k_share)
-    budgets = split_budget(nominal, (0.2, 0.5, 1.0, 1.3, 2.0), ())
+    budgets = split_budget(nominal, (0.2, 0.5, 1.0, 1.3, 2.0), (), LONGEST)
     first = nominal.first_sparse_position(4000)
     positions = np.arange(first, 3000, dtype=np.int64)
     found = mean_tokens_attended(budgets, positions)

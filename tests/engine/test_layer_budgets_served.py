@@ -115,7 +115,7 @@ def test_tokens_attended_are_the_mean_over_layers(name, results):
     # any scorer of tokens: the budget is the learned one's
     config = SparseKConfig(**{**settings, "scorer": "knorm", "dense_layers": tuple(DENSE)})
     nominal = config.budget(PAGE)
-    budgets = [b for b in split_budget(nominal, SHARES, (2,)) if b is not None]
+    budgets = [b for b in split_budget(nominal, SHARES, (2,), 1024) if b is not None]
     attended = context = 0.0
     for prompt in PROMPTS:
         # the last token is never read

@@ -48,30 +48,49 @@ def read_shares(config: SparseKConfig, num_layers: int) -> tuple[float, ...] | N
 
 @functools.lru_cache(maxsize=64)
 def split_budget(
-    budget: Budget, shares: tuple[float, ...], dense_layers: Collection[int]
+    budget: Budget, shares: tuple[float, ...], dense_layers: Collection[int], longest: int
 ) -> tuple[Budget | None, ...]:
     """The budget of every layer, None for layers that have no share or are dense.
 
     ``k`` tokens become multiples of 16 (at page granularity: whole pages), at least one of
     them, and the sparse layers' total is the nominal one rounded to such a multiple. A ``k``
-    given as a share of the context is scaled, at most to the whole context; its floor is split
-    as a number is.
+    given as a share of the context is scaled; its floor is split as a number is. What would go
+    beyond the whole context in one layer goes to the others.
 
     Args:
         budget: what every layer would get under equal shares.
         shares: relative shares of all layers.
         dense_layers: layers whose share does not count.
+        longest: tokens of the longest context.
     """
     layers = [i for i, share in enumerate(shares) if share > 0 and i not in dense_layers]
     mean = sum(shares[i] for i in layers) / len(layers)
     relative = [shares[i] / mean for i in layers]
     step = STEP if budget.unit == 1 else budget.unit
     nominal = -(-budget.k // budget.unit) * budget.unit
+    tokens = split(nominal, capped(relative, longest / nominal), step)
+    of_context = capped(relative, 1 / (budget.k_share or 1.0))
     found: list[Budget | None] = [None] * len(shares)
-    for i, share, k in zip(layers, relative, split(nominal, relative, step), strict=True):
+    for i, share, k in zip(layers, of_context, tokens, strict=True):
         k_share = None if budget.k_share is None else min(1.0, budget.k_share * share)
         found[i] = replace(budget, k=k, k_share=k_share)
     return tuple(found)
+
+
+def capped(shares: Sequence[float], ceiling: float) -> list[float]:
+    """Shares of mean 1 that are at most ``ceiling``: the excess goes to the others, in proportion.
+
+    A ceiling of at most 1 leaves equal shares.
+    """
+    if ceiling <= 1:
+        return [1.0] * len(shares)
+    found = list(shares)
+    while max(found) > ceiling * (1 + 1e-9):
+        below = [i for i, share in enumerate(found) if share < ceiling]
+        excess = sum(share - ceiling for share in found if share > ceiling)
+        grow = 1 + excess / sum(found[i] for i in below)
+        found = [share * grow if share < ceiling else ceiling for share in found]
+    return found
 
 
 def split(k: int, shares: Sequence[float], step: int) -> list[int]:

@@ -145,7 +145,10 @@ def _layer_budgets(vllm_config: VllmConfig, page: int) -> tuple[Budget | None, .
         _shares.clear()
         _shares[key] = read_shares(config, vllm_config.model_config.get_total_num_hidden_layers())
     shares = _shares[key]
-    return split_budget(config.budget(page), shares, config.dense_layers) if shares else ()
+    if not shares:
+        return ()
+    longest = vllm_config.model_config.max_model_len
+    return split_budget(config.budget(page), shares, config.dense_layers, longest)
 
 
 def current_settings() -> tuple[SparseKConfig, int]:
