@@ -176,7 +176,9 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or Path("bench-results") / environment.utc_now().replace(":", "")
     try:
         if args.report is not None:
-            _show(report.load(args.report), args.output or args.report)
+            earlier, output = report.load(args.report), args.output or args.report
+            _make(output)
+            _show(earlier, output)
             return 0
         if args.profile:
             return _profile(args, output)

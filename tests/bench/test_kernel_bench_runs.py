@@ -209,6 +209,10 @@ def test_a_run_writes_data_plot_and_tables_and_shows_them_again(on_the_cpu, tmp_
     assert run.ceilings == {"copy_gb_per_s": 4000.0, "matmul_tflops": 600.0}
     assert run.error is None
     (output / "roofline.png").unlink()
+    elsewhere = output / "new" / "folder"
+    again = ["bench", "kernels", "--report", str(output), "--output", str(elsewhere)]
+    assert cli.main(again) == 0
+    assert (elsewhere / "roofline.png").stat().st_size
     assert cli.main(["bench", "kernels", "--report", str(output)]) == 0
     assert "T3" in capsys.readouterr().out
     assert (output / "roofline.png").is_file()
