@@ -90,7 +90,7 @@ def attention_forward(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
         )
     last = budget.selection_position(keys - 1)
-    competing = budget.end_unit(last) - budget.first_unit()
+    competing = budget.units_competing(last)
     width = max(1, min(budget.units_kept(last), competing))
     soft = settings.mode == "soft_v"
     shape_key = batch, queries, keys, budget.refresh, q.device

@@ -121,7 +121,7 @@ class Inputs:
         case, bases = self.case, None
         if case.kind == "prefill" and self.sets == 1 and self.device.type == "cuda":
             last = budget.selection_position(case.context - 1)
-            competing = budget.end_unit(last) - budget.first_unit()
+            competing = budget.units_competing(last)
             if shares_base(budget.unit, units.shape[2], competing):
                 bases = row_bases(
                     case.batch, case.queries, case.context, budget.refresh, self.device,

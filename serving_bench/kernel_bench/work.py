@@ -60,7 +60,7 @@ def _units_listed(case: Case, budget: Budget) -> int:
     kept = 0
     for position in item_positions(case, budget.refresh).tolist():
         start = budget.selection_position(position)
-        competing = budget.end_unit(start) - budget.first_unit()
+        competing = budget.units_competing(start)
         kept += min(budget.units_kept(start), competing)
     return kept * case.batch * case.kv_heads
 
@@ -82,7 +82,7 @@ def attention(case: Case, budget: Budget | None, local_window: int | None = None
 def selection(case: Case, budget: Budget) -> Work:
     """Scores that compete are read once, lists are written."""
     start = budget.selection_position(case.context - 1)
-    competing = (budget.end_unit(start) - budget.first_unit()) * budget.unit
+    competing = budget.units_competing(start) * budget.unit
     scores = competing * case.batch * case.kv_heads * SCORE_BYTES
     return Work(scores + _units_listed(case, budget) * INDEX_BYTES)
 

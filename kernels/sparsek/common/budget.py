@@ -62,6 +62,10 @@ class Budget:
         """One past the last unit that competes: units from here on touch the window."""
         return max(self.first_unit(), (selection_position - self.window + 1) // self.unit)
 
+    def units_competing(self, selection_position: int) -> int:
+        """Units that compete for a place in the selection made there."""
+        return self.end_unit(selection_position) - self.first_unit()
+
     def is_dense(self, position: int) -> bool:
         """Whether the query at ``position`` reads its whole context."""
         start = self.selection_position(position)

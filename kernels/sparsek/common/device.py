@@ -115,17 +115,32 @@ def list_positions(
     """Token positions at places ``o_n`` of the list.
 
     Returns:
-        positions [N] (0 where there is none), whether there is one [N], index into the kept
-        units [N] and whether the token belongs to a kept unit [N].
+        positions [N] (0 where there is none) and whether there is one [N].
     """
     o_kept = o_n - sinks
     m_kept = (o_kept >= 0) & (o_kept < kept * UNIT)
-    i_slot = o_kept // UNIT
-    b_unit = tl.load(p_units + i_slot, mask=m_kept, other=0)
+    b_unit = tl.load(p_units + o_kept // UNIT, mask=m_kept, other=0)
     m_n = (o_n < total) & (b_unit >= 0)
     o_pos = tl.where(m_kept, b_unit * UNIT + o_kept % UNIT, window_start + o_kept - kept * UNIT)
     o_pos = tl.where(o_n < sinks, o_n, o_pos)
-    return tl.where(m_n, o_pos, 0), m_n, i_slot, m_kept
+    return tl.where(m_n, o_pos, 0), m_n
+
+
+@triton.jit
+def list_gates(
+    o_n,  # [N] places in the list
+    sinks,
+    kept,
+    p_gates,  # [K] float32, the gates of this item's and head's kept units
+    UNIT: tl.constexpr,
+):
+    """Weights [N] of the values at places ``o_n``: 1 for what is no kept unit's.
+
+    Gates weigh values only: the denominator is that of plain softmax.
+    """
+    o_kept = o_n - sinks
+    m_kept = (o_kept >= 0) & (o_kept < kept * UNIT)
+    return tl.load(p_gates + o_kept // UNIT, mask=m_kept, other=1.0)
 
 
 @triton.jit

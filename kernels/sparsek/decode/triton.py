@@ -14,6 +14,7 @@ from vllm_sparsek.kernels.common.device import (
     MIN_BLOCK_M,
     budget_arguments,
     list_bounds,
+    list_gates,
     list_positions,
     slots_per_block,
     softmax_step,
@@ -98,7 +99,7 @@ def decode_fwd_kernel(
     # where the split's tokens lie is found out at once, so that the loop waits for one thing alone,
     # keys and values, which are copied asynchronously
     o_split = low + tl.arange(0, SPLIT)
-    b_pos, m_split, _, _ = list_positions(
+    b_pos, m_split = list_positions(
         o_split, sinks, kept, window_start, high, units_ptr + i_units, UNIT
     )
     b_slots = token_offsets(b_pos, m_split, p_table, per_block, 1, PAGE).to(tl.int32)
@@ -118,10 +119,7 @@ def decode_fwd_kernel(
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l)
         if SOFT:
-            # gates weigh values only: the denominator is that of plain softmax
-            o_kept = low + o_n - sinks
-            m_kept = m_n & (o_kept >= 0) & (o_kept < kept * UNIT)
-            b_gate = tl.load(gates_ptr + i_units + o_kept // UNIT, mask=m_kept, other=1.0)
+            b_gate = list_gates(low + o_n, sinks, kept, gates_ptr + i_units, UNIT)
             b_p = b_p * b_gate[None, :]
         b_acc = b_acc * b_alpha[:, None]
         b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")

@@ -15,6 +15,7 @@ from vllm_sparsek.kernels.common.device import (
     MIN_BLOCK_M,
     budget_arguments,
     list_bounds,
+    list_gates,
     list_positions,
     page_argument,
     slots_per_block,
@@ -68,7 +69,7 @@ def lists_fwd_kernel(
         return
     o_n = start + tl.arange(0, BLOCK)
     p_units = units_ptr + i_i.to(tl.int64) * stride_units_item + i_h * stride_units_head
-    o_pos, m_n, _, _ = list_positions(o_n, sinks, kept, window_start, total, p_units, UNIT)
+    o_pos, m_n = list_positions(o_n, sinks, kept, window_start, total, p_units, UNIT)
     o_pos = tl.where(m_n, o_pos, position)
     p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
     b_slot = token_offsets(o_pos, o_n < width, p_table, per_block, 1, PAGE)
@@ -89,7 +90,6 @@ def load_rows(
 
 @triton.jit
 def attend_tile(
-    b_q,
     b_s,  # [M, N] logits in base 2, -inf where masked
     b_v,
     b_gate,  # [N] or None
@@ -97,7 +97,7 @@ def attend_tile(
     b_l,
     b_acc,
 ):
-    """One step of attention; gates weigh values only: the denominator is that of plain softmax."""
+    """One step of attention: the new running maximum, denominator and sums."""
     b_p, b_alpha, b_m, b_l = softmax_step(b_s, b_m, b_l)
     if b_gate is not None:
         b_p *= b_gate[None, :]
@@ -203,10 +203,8 @@ def prefill_fwd_kernel(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [M, N]
         b_gate = None
         if SOFT:
-            o_kept = start + o_b - sinks
-            m_kept = (o_kept >= 0) & (start + o_b < listed)
-            b_gate = tl.load(p_gates + o_kept // UNIT, mask=m_kept, other=1.0)
-        b_m, b_l, b_acc = attend_tile(b_q, b_s, b_v, b_gate, b_m, b_l, b_acc)
+            b_gate = list_gates(start + o_b, sinks, kept, p_gates, UNIT)
+        b_m, b_l, b_acc = attend_tile(b_s, b_v, b_gate, b_m, b_l, b_acc)
     for start in range(plain, total, BLOCK_N):
         o_n = start + o_b
         b_slot = tl.load(p_slots + o_n)
@@ -223,8 +221,8 @@ def prefill_fwd_kernel(
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_gate = None
         if SOFT:
-            b_gate = tl.load(p_gates + o_kept // UNIT, mask=m_kept, other=1.0)
-        b_m, b_l, b_acc = attend_tile(b_q, b_s, b_v, b_gate, b_m, b_l, b_acc)
+            b_gate = list_gates(o_n, sinks, kept, p_gates, UNIT)
+        b_m, b_l, b_acc = attend_tile(b_s, b_v, b_gate, b_m, b_l, b_acc)
     if FP8:
         b_acc = b_acc * tl.load(v_scale_ptr)
 

@@ -278,7 +278,7 @@ def _base_lists(
     """[bases, H, width] int32: the best units of every base, found segment by segment."""
     tile, options = _tile(budget.unit, pooling, False, width)
     segment = SEGMENT_TOKENS if budget.unit == 1 else SEGMENT_PAGES
-    competing = budget.end_unit(bases.longest) - budget.first_unit()
+    competing = budget.units_competing(bases.longest)
     segments = max(1, -(-competing // segment))
     first_unit, window, _, k, share_bits = budget_arguments(budget)
     count, heads = bases.bounds.shape[0], scores.shape[1]
