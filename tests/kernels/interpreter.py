@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Iterator
 
 import torch
 
-from vllm_sparsek.kernels.common.compile_targets import OPERATIONS
+from vllm_sparsek import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter multiplies the bit patterns of bfloat16 numbers: float16 stands in there
@@ -17,6 +19,8 @@ BF16 = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 # numpy's matrix product rounds a row by where it lies in the tile, tensor cores do not
 BITWISE = 0.0 if DEVICE == "cuda" else 2e-6
 VARIABLE = "TRITON_INTERPRET"
+# modules of these names hold device code or launch it; each imports from those before it
+LAYERS = ("device", "dispatch", "triton")
 
 
 @contextlib.contextmanager
@@ -40,7 +44,8 @@ def use_interpreter() -> None:
     """Import the kernels so that they run in the interpreter where there is no GPU.
 
     Triton decides for every function when it is decorated. Its own library functions were
-    decorated for a GPU if something (vllm, say) imported triton before: wrap those again.
+    decorated for a GPU if something (vllm, say) imported triton before: wrap those again. The
+    kernels are imported for a GPU and then again, so that one run shows what any order would.
     """
     if DEVICE == "cuda":
         return
@@ -60,17 +65,22 @@ def use_interpreter() -> None:
                     setattr(module, attribute, wrapped[key])
         assert not isinstance(tl.sum, JITFunction)
 
-        import importlib
+        for module in map(importlib.import_module, kernel_modules()):
+            importlib.reload(module)
+            native = [
+                name for name, value in vars(module).items() if isinstance(value, JITFunction)
+            ]
+            assert not native, f"{module.__name__}: {native} would not run in the interpreter"
 
-        # kernels that were imported for a GPU are imported anew
-        prefix = "vllm_sparsek.kernels."
-        for name in (
-            "common.device",
-            "common.dispatch",
-            *(f"{name}.triton" for name in OPERATIONS),
-        ):
-            loaded = sys.modules.get(prefix + name)
-            if loaded is not None:
-                importlib.reload(loaded)
-            else:
-                importlib.import_module(prefix + name)
+
+def kernel_modules() -> list[str]:
+    """Modules that hold device code or launch it, those that others import first."""
+    found = (
+        info.name
+        for info in pkgutil.walk_packages(kernels.__path__, kernels.__name__ + ".")
+        if info.name.rpartition(".")[2] in LAYERS
+    )
+    # the common room first within a layer
+    return sorted(
+        found, key=lambda name: (LAYERS.index(name.rpartition(".")[2]), "common" not in name)
+    )
