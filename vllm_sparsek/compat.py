@@ -308,6 +308,25 @@ def dense_query(dense: Any, query: torch.Tensor, layer: Any) -> torch.Tensor:
     return quantised.view(query.shape)
 
 
+@functools.cache
+def flash_attention_3() -> tuple[Any, str]:
+    """vLLM's ``flash_attn_varlen_func`` if it runs FlashAttention-3 here, else None and why not."""
+    try:
+        from vllm.vllm_flash_attn import (
+            fa_version_unsupported_reason,
+            flash_attn_varlen_func,
+            is_fa_version_supported,
+        )
+
+        if not is_fa_version_supported(3):
+            return None, f"no FlashAttention-3: {fa_version_unsupported_reason(3)}"
+    # a wheel for another driver or torch fails in its own ways
+    except Exception as error:
+        first = str(error).strip().splitlines()[:1]
+        return None, f"no FlashAttention-3 from vLLM: {type(error).__name__}: {''.join(first)}"
+    return flash_attn_varlen_func, ""
+
+
 def cache_numbers(cache: torch.Tensor) -> torch.Tensor:
     """A KV cache as the numbers it holds: vLLM allocates float8_e4m3fn as uint8."""
     import torch

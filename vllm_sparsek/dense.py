@@ -66,7 +66,8 @@ def attention_forward(
             is ``keydiff`` here. Environment variables are not read.
         causal: must be True: what a query reads is defined by what came before it.
         scale: softmax scale; None: D ** -0.5.
-        impl: auto, triton, cpu or reference, as for every kernel.
+        impl: auto, triton, cpu or reference, as for every kernel, or fa3: FlashAttention-3 attends
+            and our kernels select.
 
     Returns:
         [B, Hq, Sq, D] of q's dtype and, where q is dense in memory, q's strides.
@@ -95,7 +96,8 @@ def attention_forward(
     soft = settings.mode == "soft_v"
     shape_key = batch, queries, keys, budget.refresh, q.device
     row, position, start, length, table = _items(*shape_key)
-    module = implementation("select", impl, q.device)
+    select_impl = "auto" if impl == "fa3" else impl
+    module = implementation("select", select_impl, q.device)
     shared = module.__name__.endswith("triton") and not soft
     shared = shared and module.shares_base(budget.unit, width, competing)
     out = torch.empty_like(q)
@@ -114,7 +116,7 @@ def attention_forward(
             bases = row_bases(*shape_key, low, low + shape[0]) if shared else None
             select_api.select(
                 scores, table, row[part], position[part], budget, settings.pooling, soft, units,
-                gates, impl=impl, bases=bases,
+                gates, impl=select_impl, bases=bases,
             )  # fmt: skip
             prefill_api.prefill(
                 q.transpose(1, 2), k, v, table, row[part], position[part], start[part],

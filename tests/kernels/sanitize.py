@@ -11,7 +11,7 @@ import sys
 import torch
 from caches import NAN, build, chosen, items_of, paged_view, quantised, slots
 
-from vllm_sparsek import attention_forward
+from vllm_sparsek import attention_forward, compat
 from vllm_sparsek.kernels.bounds import api as bounds_api
 from vllm_sparsek.kernels.bounds import reference as bounds_reference
 from vllm_sparsek.kernels.common.budget import Budget
@@ -118,12 +118,16 @@ def attention(
         query, paged.kv_cache, paged.block_table, row, position, units, gates, budget, scale,
         expected, kv_scales,
     )  # fmt: skip
-    out = torch.full_like(query, NAN, device=DEVICE)
-    decode_api.decode(
-        query.to(DEVICE), there.kv_cache, there.block_table, *on_gpu, got, got_gates, budget,
-        scale, out, kv_scales=on_gpu_scales,
-    )  # fmt: skip
-    compare(f"decode {label}", out, expected, TOLERANCE)
+    impls = ["triton"]
+    if not soft and not fp8 and compat.flash_attention_3()[0] is not None:
+        impls.append("fa3")
+    for impl in impls:
+        out = torch.full_like(query, NAN, device=DEVICE)
+        decode_api.decode(
+            query.to(DEVICE), there.kv_cache, there.block_table, *on_gpu, got, got_gates, budget,
+            scale, out, kv_scales=on_gpu_scales, impl=impl,
+        )  # fmt: skip
+        compare(f"decode {impl} {label}", out, expected, TOLERANCE)
 
     # the last queries of the two longer requests, one item each
     first = [max(0, (n - 1) // budget.refresh * budget.refresh) for n in LENGTHS[1:]]
@@ -139,13 +143,15 @@ def attention(
         paged.block_table, *items, units, gates, budget, scale,
         expected[None].expand(len(LENGTHS), -1, -1, -1), kv_scales,
     )  # fmt: skip
-    out = torch.full_like(query, NAN, device=DEVICE)
-    prefill_api.prefill(
-        query.to(DEVICE), *there.kv_cache.chunk(2, dim=-1), there.block_table,
-        *(i.to(DEVICE) for i in items), units.to(DEVICE),
-        None if gates is None else gates.to(DEVICE), budget, scale, out, on_gpu_scales,
-    )  # fmt: skip
-    compare(f"prefill {label}", out, expected, TOLERANCE)
+    for impl in impls:
+        out = torch.full_like(query, NAN, device=DEVICE)
+        prefill_api.prefill(
+            query.to(DEVICE), *there.kv_cache.chunk(2, dim=-1), there.block_table,
+            *(i.to(DEVICE) for i in items), units.to(DEVICE),
+            None if gates is None else gates.to(DEVICE), budget, scale, out, on_gpu_scales,
+            impl=impl,
+        )  # fmt: skip
+        compare(f"prefill {impl} {label}", out, expected, TOLERANCE)
 
 
 def dense_layout(settings: dict, queries: int) -> None:

@@ -244,7 +244,7 @@ def test_scales_beside_a_cache_that_is_not_quantised_are_refused(attend, device)
 
 @pytest.mark.parametrize(("capability", "takes"), [(80, False), (86, False), (89, True)])
 def test_gpus_before_8_9_are_told_that_they_lack_fp8(monkeypatch, capability, takes):
-    monkeypatch.setattr(validate, "_capability", lambda device: capability)
+    monkeypatch.setattr(validate, "compute_capability", lambda device: capability)
     query = SimpleNamespace(
         shape=(1, 4, 64), dtype=F16, is_cuda=True, device=torch.device("cuda", 0)
     )

@@ -15,7 +15,10 @@ from typing import Any
 from vllm_sparsek.kernels.common.validate import FP8_CAPABILITY
 
 # bounds takes select's kernel: it comes after it
-OPERATIONS = ("score", "select", "bounds", "decode", "prefill", "prefix")
+MODULES = (
+    "score.triton", "select.triton", "bounds.triton", "decode.triton", "prefill.triton",
+    "prefix.triton", "common.page_tables",
+)  # fmt: skip
 WARP_SIZE = 32
 # shared memory one block may use, bytes, by compute capability (CUDA programming guide)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}
@@ -24,19 +27,19 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024
 def compile_cases(
     capability: int,
 ) -> Iterator[tuple[str, tuple[Any, str, dict[str, Any], dict[str, int]]]]:
-    """(name, case) of every kernel variant registered in a ``triton.py`` that ``capability`` runs.
+    """(name, case) of every kernel variant that is registered and that ``capability`` runs.
 
     All do but those that read an FP8 cache.
     """
-    for operation in OPERATIONS:
-        module = importlib.import_module(f"vllm_sparsek.kernels.{operation}.triton")
+    for path in MODULES:
+        module = importlib.import_module(f"vllm_sparsek.kernels.{path}")
         for case in module.COMPILE_CASES:
             kernel, types, constexprs, _ = case
             if "fp8" in types and capability < FP8_CAPABILITY:
                 continue
             dtype = types.split()[0].removeprefix("*")
             variant = "-".join(f"{name}={value}" for name, value in constexprs.items())
-            yield f"{operation}-{kernel.__name__}-{dtype}-{variant}", case
+            yield f"{path.partition('.')[0]}-{kernel.__name__}-{dtype}-{variant}", case
 
 
 def compile_kernel(

@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
+# operations that FlashAttention-3 does, too: fa3
+ATTENTION = ("decode", "prefill")
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +28,21 @@ def _triton_interpreted() -> bool | None:
 
 
 def capability(impl: str, device: torch.device) -> tuple[bool, str]:
-    """Whether ``impl`` (triton, cpu or reference) runs on tensors of ``device``.
+    """Whether ``impl`` (triton, fa3, cpu or reference) runs on tensors of ``device``.
+
+    What FlashAttention-3 needs besides Triton, ``fits`` of the fa3 modules says.
 
     Returns:
         ok and, if it does not, the reason.
     """
-    if impl != "triton":
+    if impl not in ("triton", "fa3"):
         return device.type == "cpu", f"{impl!r} takes CPU tensors, got {device}"
     interpreted = _triton_interpreted()
     if interpreted is None:
-        return False, "'triton' needs the triton package"
+        return False, f"{impl!r} needs the triton package"
     if device.type == "cuda" or interpreted:
         return True, ""
-    return False, f"'triton' takes CUDA tensors (or the interpreter), got {device}"
+    return False, f"{impl!r} takes CUDA tensors (or the interpreter), got {device}"
 
 
 @functools.lru_cache(maxsize=256)
@@ -47,7 +51,8 @@ def implementation(operation: str, impl: str, device: torch.device) -> ModuleTyp
 
     Args:
         operation: score, bounds, select, decode, prefill or prefix.
-        impl: triton, cpu, reference, or auto: triton on CUDA tensors, else cpu.
+        impl: triton, cpu, reference, fa3 (decode and prefill), or auto: triton on CUDA tensors,
+            else cpu.
         device: where the tensors are.
 
     Raises:
@@ -58,12 +63,13 @@ def implementation(operation: str, impl: str, device: torch.device) -> ModuleTyp
     if impl == "auto":
         chosen = "cpu" if device.type == "cpu" else "triton"
         logger.info("sparsek %s runs on %s: %s", operation, device.type, chosen)
-    if chosen not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be auto or one of {IMPLEMENTATIONS}, got {impl!r}")
+    known = (*IMPLEMENTATIONS, "fa3") if operation in ATTENTION else IMPLEMENTATIONS
+    if chosen not in known:
+        raise ValueError(f"{operation}: impl must be auto or one of {known}, got {impl!r}")
     ok, reason = capability(chosen, device)
     if not ok:
         raise RuntimeError(f"{operation}: implementation {reason}")
-    if chosen == "triton" and device.type == "cuda" and torch.cuda.is_available():
+    if chosen in ("triton", "fa3") and device.type == "cuda" and torch.cuda.is_available():
         # imports what imports this
         from vllm_sparsek.kernels.common.architecture import prepare
 

@@ -20,7 +20,8 @@ KERNEL_HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
 @functools.cache
-def _capability(device: torch.device) -> int:
+def compute_capability(device: torch.device) -> int:
+    """Compute capability of a GPU: 90 means 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
 
@@ -31,7 +32,7 @@ def kernel_takes(query: torch.Tensor, cache: torch.Tensor) -> tuple[bool, str]:
         return False, f"head_dim is {query.shape[-1]}: the Triton kernels take {KERNEL_HEAD_DIMS}"
     if query.dtype not in KERNEL_FLOATS:
         return False, f"query is {query.dtype}: the Triton kernels take {KERNEL_FLOATS}"
-    if cache.dtype == FP8 and query.is_cuda and _capability(query.device) < FP8_CAPABILITY:
+    if cache.dtype == FP8 and query.is_cuda and compute_capability(query.device) < FP8_CAPABILITY:
         return False, f"the cache is {FP8}: that takes a GPU of compute capability 8.9 or later"
     return True, ""
 

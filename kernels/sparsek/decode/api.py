@@ -8,9 +8,9 @@ from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.dispatch import (
     check_shape,
     check_tensor,
-    implementation,
     require,
 )
+from vllm_sparsek.kernels.common.engines import attention_module
 from vllm_sparsek.kernels.common.validate import FLOATS, check_attention, kernel_takes
 from vllm_sparsek.kernels.decode.splits import workspace_shapes
 
@@ -51,7 +51,8 @@ def decode(
             block table can address.
         kv_scales: k_scale and v_scale, float32 tensors of one element; a float8_e4m3fn cache
             times them gives keys and values. Needed with such a cache only.
-        impl: auto, triton, cpu or reference.
+        impl: auto, triton, fa3, cpu or reference; auto on a GPU: what ``configs/engines`` says.
+            Workspace and ``max_tokens`` are Triton's.
 
     Raises:
         ValueError, TypeError: an argument, named in the message, does not fit.
@@ -63,7 +64,8 @@ def decode(
         query, {"kv_cache": kv_cache}, block_table, item_row, item_position, units, gates, budget,
         out, kv_scales,
     )  # fmt: skip
-    module = implementation("decode", impl, query.device)
+    group = query.shape[1] // kv_cache.shape[1]
+    module = attention_module("decode", impl, query, group, kv_cache, kv_cache, gates, budget)
     arguments = (
         query, kv_cache, block_table, item_row, item_position, units, gates, budget, scale, out,
     )  # fmt: skip

@@ -8,9 +8,9 @@ from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.common.dispatch import (
     check_shape,
     check_tensor,
-    implementation,
     require,
 )
+from vllm_sparsek.kernels.common.engines import attention_module
 from vllm_sparsek.kernels.common.validate import check_attention, kernel_takes
 
 
@@ -49,7 +49,7 @@ def prefill(
         out: of query's shape, written in place for the items' queries only.
         kv_scales: k_scale and v_scale, float32 tensors of one element; a float8_e4m3fn cache
             times them gives keys and values. Needed with such a cache only.
-        impl: auto, triton, cpu or reference.
+        impl: auto, triton, fa3, cpu or reference; auto on a GPU: what ``configs/engines`` says.
 
     Raises:
         ValueError, TypeError: an argument, named in the message, does not fit.
@@ -71,7 +71,8 @@ def prefill(
     check_tensor("item_query_len", item_query_len, 1, torch.int32, query.device)
     check_shape("item_query_start", item_query_start, tuple(item_row.shape))
     check_shape("item_query_len", item_query_len, tuple(item_row.shape))
-    module = implementation("prefill", impl, query.device)
+    shared = budget.refresh * (query.shape[2] // key_cache.shape[1])
+    module = attention_module("prefill", impl, query, shared, key_cache, value_cache, gates, budget)
     if module.__name__.endswith("triton"):
         require(kernel_takes(query, key_cache))
     module.prefill(

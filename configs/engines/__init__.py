@@ -1,0 +1,1 @@
+"""Which engine attends, measured per compute capability."""
