@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import types
 from dataclasses import replace
 
 import pytest
 import torch
+from flash_attention import flash_attn_varlen_func
 from kernel_cases import (
     CASES,
     CHUNK,
@@ -23,6 +23,7 @@ from kernel_cases import (
     row,
 )
 
+from vllm_sparsek import compat
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode.reference import visible_positions
 from vllm_sparsek.kernels.select import reference as select_reference
@@ -51,7 +52,7 @@ T2 = Tier(us_per_head=3.0, density=0.23, speedup=1.27, beats=["xformers", "xform
 def test_shipped_sets_have_the_promised_groups_and_only_arms_that_exist():
     everything = cases.choose()
     assert {case.group for case in everything.cases} == {
-        "micro", "tiers", "decode", "select", "score", "prefill", "long"
+        "micro", "tiers", "decode", "select", "score", "prefill", "long", "engines"
     }  # fmt: skip
     for case in everything.cases:
         names = [arm.name for arm in arms_of(case)]
@@ -331,30 +332,6 @@ def test_written_keys_values_and_learned_scores_are_held_to_what_they_should_be(
 # FlashAttention-3 over page tables, with a stand-in for the library
 
 
-def flash_attn_varlen_func(
-    q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k=None, seqused_k=None,
-    softmax_scale=None, causal=False, block_table=None, out=None, num_splits=0, fa_version=0,
-):  # fmt: skip
-    """Causal attention aligned to the bottom right, in plain torch."""
-    assert (causal, fa_version) == (True, 3)
-    group = q.shape[1] // k.shape[2 if block_table is not None else 1]
-    for i, (begin, end) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
-        assert end - begin <= max_seqlen_q
-        if block_table is None:
-            rows = slice(*cu_seqlens_k[i : i + 2].tolist())
-            key, value = k[rows], v[rows]
-        else:
-            length = int(seqused_k[i])
-            assert length <= max_seqlen_k
-            pages = block_table[i].long()
-            key, value = k[pages].flatten(0, 1)[:length], v[pages].flatten(0, 1)[:length]
-        key, value = (t.repeat_interleave(group, 1).transpose(0, 1).float() for t in (key, value))
-        query = q[begin:end].transpose(0, 1).float()
-        behind = torch.ones(query.shape[1], key.shape[1]).tril(key.shape[1] - query.shape[1])
-        logits = (query @ key.mT * softmax_scale).masked_fill(behind == 0, float("-inf"))
-        out[begin:end] = (logits.softmax(-1) @ value).transpose(0, 1).to(out.dtype)
-
-
 @pytest.fixture
 def fake_fa3(monkeypatch):
     module = types.ModuleType("vllm.vllm_flash_attn")
@@ -364,8 +341,10 @@ def fake_fa3(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", module)
     monkeypatch.setattr(measure, "quick", lambda call: call() is None)
     import_fault.cache_clear()
+    compat.flash_attention_3.cache_clear()
     yield module
     import_fault.cache_clear()
+    compat.flash_attention_3.cache_clear()
 
 
 @pytest.mark.parametrize("case", [DECODE, PREFILL, CHUNK], ids=["decode", "prefill", "chunk"])
@@ -385,10 +364,20 @@ def test_flash_attention_gets_tables_that_hold_what_is_read(fake_fa3, arm, budge
     assert ("num_splits" in filled.note) == (case.kind == "decode")
 
 
+def test_engines_that_our_tables_choose_from_run_side_by_side_in_shapes_of_both_kinds():
+    found = cases.choose("engines").cases
+    assert {case.kind for case in found} == {"prefill", "decode"}
+    for case in found:
+        names = [arm.name for arm in arms_of(case)]
+        assert names.index("sparsek-triton") < names.index("sparsek-fa3")
+        assert case.against == "sparsek-triton"
+
+
 def test_what_cannot_run_says_why(fake_fa3):
     by_name = {arm.name: arm for arm in ARMS}
     fake_fa3.is_fa_version_supported = lambda version: False
     assert by_name["fa3"].unavailable(DECODE, None) == "why not"
+    assert by_name["sparsek-fa3"].unavailable(DECODE, TOKENS) == "no FlashAttention-3: why not"
     assert "whole prompts" in by_name["sdpa"].unavailable(CHUNK, None)
     assert "KV heads" in by_name["xformers"].unavailable(PREFILL, None)
     mha = replace(PREFILL, query_heads=2)

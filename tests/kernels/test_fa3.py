@@ -360,6 +360,28 @@ def test_other_operations_have_no_such_implementation():
         dispatch.implementation("select", "fa3", CUDA)
 
 
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+@pytest.mark.parametrize("unit", [1, 16], ids=["token", "page"])
+def test_the_benchmark_times_engines_whose_results_are_right(kind, unit, device):
+    from vllm_sparsek.serving_bench.kernel_bench.arms import ARMS
+    from vllm_sparsek.serving_bench.kernel_bench.cases import Case
+    from vllm_sparsek.serving_bench.kernel_bench.gate import Gate
+    from vllm_sparsek.serving_bench.kernel_bench.inputs import Inputs
+
+    budget = Budget(k=32, window=24, sinks=3, refresh=32, unit=unit)
+    case = Case(
+        "tiny", "engines", kind, batch=2, context=120, queries=1 if kind == "decode" else 50,
+        query_heads=4, kv_heads=2, head_dim=64, dtype="float16", page=16, budgets=(budget,),
+    )  # fmt: skip
+    inputs = Inputs(case, device)
+    by_name = {arm.name: arm for arm in ARMS}
+    for name in ("sparsek-fa3", "sparsek-triton"):
+        assert by_name[name].unavailable(case, budget) == ""
+        prepared = by_name[name].prepare(inputs, Gate(inputs), budget)
+        verdict = prepared.judge(prepared.calls[0]())
+        assert verdict.ok, (name, verdict)
+
+
 # what only a GPU shows
 
 

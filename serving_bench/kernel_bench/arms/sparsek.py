@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from vllm_sparsek import compat
 from vllm_sparsek.kernels.bounds import api as bounds_api
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api
 from vllm_sparsek.serving_bench.kernel_bench import work
 from vllm_sparsek.serving_bench.kernel_bench.arms.base import Arm, Prepared, by_request, nan_like
+from vllm_sparsek.serving_bench.kernel_bench.cases import Case
 from vllm_sparsek.serving_bench.kernel_bench.gate import Gate
 from vllm_sparsek.serving_bench.kernel_bench.inputs import Inputs, Items
 
 Call = Callable[[], torch.Tensor]
 
 
-def _decode(inputs: Inputs, budget: Budget, s: int, items: Items, units: torch.Tensor) -> Call:
+def _decode(
+    inputs: Inputs, budget: Budget, s: int, items: Items, units: torch.Tensor, impl: str = "auto"
+) -> Call:
     case, query = inputs.case, inputs.query[s]
     out = nan_like(query)
     bound = budget.max_tokens_attended(case.context)
@@ -31,33 +36,35 @@ def _decode(inputs: Inputs, budget: Budget, s: int, items: Items, units: torch.T
     def call() -> torch.Tensor:
         decode_api.decode(
             query, inputs.kv_cache, inputs.table, items.row, items.position, units, None, budget,
-            inputs.scale, out, space, bound,
+            inputs.scale, out, space, bound, impl=impl,
         )  # fmt: skip
         return by_request(out, case)
 
     return call
 
 
-def _prefill(inputs: Inputs, budget: Budget, s: int, items: Items, units: torch.Tensor) -> Call:
+def _prefill(
+    inputs: Inputs, budget: Budget, s: int, items: Items, units: torch.Tensor, impl: str = "auto"
+) -> Call:
     query = inputs.query[s]
     out = nan_like(query)
 
     def call() -> torch.Tensor:
         prefill_api.prefill(
             query, *inputs.kv_cache.chunk(2, dim=-1), inputs.table, items.row, items.position,
-            items.start, items.length, units, None, budget, inputs.scale, out,
+            items.start, items.length, units, None, budget, inputs.scale, out, impl=impl,
         )  # fmt: skip
         return by_request(out, inputs.case)
 
     return call
 
 
-def _attend(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
-    """The selection is given."""
+def _attend(inputs: Inputs, gate: Gate, budget: Budget | None, impl: str = "auto") -> Prepared:
+    """The selection is given; what an engine makes of it first is part of its time."""
     assert budget is not None
     attend = _decode if inputs.case.kind == "decode" else _prefill
     calls = [
-        attend(inputs, budget, s, inputs.items(budget.refresh, s), inputs.units(budget, s))
+        attend(inputs, budget, s, inputs.items(budget.refresh, s), inputs.units(budget, s), impl)
         for s in range(inputs.sets)
     ]
     return Prepared(calls, gate.sparse(budget), work.attention(inputs.case, budget))
@@ -130,9 +137,23 @@ def _select_by_query(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepa
     return Prepared([make(s) for s in range(inputs.sets)], None, least)
 
 
+def _no_fa3(case: Case, budget: Budget | None) -> str:
+    _, reason = compat.flash_attention_3()
+    return reason
+
+
 ARMS = (
     Arm("sparsek", ("prefill", "decode"), "attention+selection", _both, sparse=True),
     Arm("sparsek-attend", ("prefill", "decode"), "attention", _attend, sparse=True),
+    # the engines of ``sparsek-attend`` side by side, whatever configs/engines says
+    Arm(
+        "sparsek-triton", ("prefill", "decode"), "attention", partial(_attend, impl="triton"),
+        sparse=True, by_name=True,
+    ),
+    Arm(
+        "sparsek-fa3", ("prefill", "decode"), "attention", partial(_attend, impl="fa3"),
+        sparse=True, unavailable=_no_fa3, by_name=True,
+    ),
     Arm("sparsek-select", ("prefill", "decode", "select"), "selection", _select, sparse=True),
     Arm(
         "sparsek-select-by-query", ("decode",), "selection", _select_by_query, sparse=True,
