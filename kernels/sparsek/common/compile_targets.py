@@ -15,7 +15,7 @@ from typing import Any
 from vllm_sparsek.kernels.common.validate import FP8_CAPABILITY
 
 # bounds takes select's kernel: it comes after it
-OPERATIONS = ("score", "select", "bounds", "decode", "prefill", "prefix")
+OPERATIONS = ("write", "score", "select", "bounds", "decode", "prefill", "prefix")
 WARP_SIZE = 32
 # shared memory one block may use, bytes, by compute capability (CUDA programming guide)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}

@@ -46,7 +46,7 @@ def implementation(operation: str, impl: str, device: torch.device) -> ModuleTyp
     """The module of ``impl`` for ``operation``, imported on first use.
 
     Args:
-        operation: score, bounds, select, decode, prefill or prefix.
+        operation: write, score, bounds, select, decode, prefill or prefix.
         impl: triton, cpu, reference, or auto: triton on CUDA tensors, else cpu.
         device: where the tensors are.
 
