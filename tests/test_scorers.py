@@ -18,6 +18,7 @@ from vllm_sparsek.kernels.common.score_pages import (
 )
 from vllm_sparsek.scorers import SCORERS, make_scorer, scorer_class
 from vllm_sparsek.scorers.base import ScoreBatch, Scorer
+from vllm_sparsek.scorers.features import Rope
 from vllm_sparsek.scorers.learned import LearnedScorer, load_layer
 from vllm_sparsek.scorers.random import RandomScorer
 from vllm_sparsek.scorers.recency import RecencyScorer
@@ -96,7 +97,8 @@ class Cache:
             at = torch.arange(start, end)
             block = self.table[row, at // PAGE].long()
             k, v = self.key[row][start:end], self.value[row][start:end]
-            self.kv[block, :, at % PAGE] = torch.cat([k, v], dim=-1)
+            if not self.scorer.writes_kv:
+                self.kv[block, :, at % PAGE] = torch.cat([k, v], dim=-1)
             key.append(k)
             value.append(v)
             positions.append(at)
@@ -115,6 +117,11 @@ class Cache:
         """[n, H] scores of one request, in token order."""
         at = torch.arange(LENGTHS[row])
         return self.scores[self.table[row, at // PAGE].long(), :, at % PAGE]
+
+    def held(self, row: int) -> torch.Tensor:
+        """[n, H, 2 * D] keys and values of one request, in token order."""
+        at = torch.arange(LENGTHS[row])
+        return self.kv[self.table[row, at // PAGE].long(), :, at % PAGE]
 
 
 def at_once(scorer: Scorer, **options) -> Cache:
@@ -365,6 +372,32 @@ def test_quest_has_no_score_of_a_token_alone():
 @pytest.mark.parametrize("name", [name for name in SCORERS if name != "learned"])
 def test_settings_know_which_scorers_select_by_the_query(name):
     assert SparseKConfig(scorer=name).query_aware is scorer_class(name).query_aware
+
+
+@pytest.mark.parametrize("features", ["key,value", "key_unrotated,key,value", "value"])
+def test_linear_scorers_write_keys_and_values_with_the_scores_that_score_gives(features, tmp_path):
+    names = tuple(features.split(","))
+    g = torch.Generator().manual_seed(1)
+    scorer = LearnedScorer(
+        torch.randn(HEADS, len(names) * DIM, generator=g), torch.randn(HEADS, generator=g),
+        slope=torch.randn(HEADS, generator=g) / 100, inputs=names,
+        rope=Rope(10000.0 ** -(torch.arange(DIM // 2) / (DIM // 2)), interleaved=False),
+    )  # fmt: skip
+    assert scorer.writes_kv
+    cache = at_once(scorer)
+    for row, n in enumerate(LENGTHS):
+        key, value = cache.key[row], cache.value[row]
+        assert torch.equal(cache.held(row), torch.cat([key, value], dim=-1))
+        torch.testing.assert_close(
+            cache.found(row), scorer.score(key, value, torch.arange(n)), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_only_linear_scorers_without_hidden_states_write_keys_and_values(file):
+    wide = LearnedScorer(torch.zeros(HEADS, 7), torch.zeros(HEADS), inputs=("hidden",))
+    assert not wide.writes_kv
+    assert not load_layer(str(file("mlp")), LAYER, HEADS, DIM).writes_kv
+    assert load_layer(str(file("linear")), LAYER, HEADS, DIM).writes_kv
 
 
 def test_only_learned_scorers_count_as_trained():

@@ -162,7 +162,9 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write key, value [T, H, D] into the cache."""
+        """Write key, value [T, H, D] into the cache, unless ``forward`` does it with scores."""
+        if self.scorer is not None and self.scorer.writes_kv:
+            return
         self.dense.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
     def forward(
@@ -182,8 +184,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         Args:
             layer: the attention layer.
             query: [T, Hq, D]; key, value: [T, H, D].
-            kv_cache: [num_blocks, H, page, 2 * D], the new tokens already written; uint8 if it
-                holds float8_e4m3fn.
+            kv_cache: [num_blocks, H, page, 2 * D], the new tokens already written unless the
+                scorer ``writes_kv``; uint8 if it holds float8_e4m3fn.
             attn_metadata: the step; None in profiling runs.
             output: [T, Hq, D], written in place.
             output_scale, output_block_scale: fused output quantisation, not supported.
@@ -197,16 +199,18 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
                 self._hidden_checked = True
             return output.zero_()
         m = attn_metadata
+        # read where they are: a captured graph follows scales that change
+        kv_scales = (layer._k_scale, layer._v_scale) if self.fp8 else None
+        numbers = compat.cache_numbers(kv_cache)
+        if not self.always_dense:
+            self._score(key, value, numbers, kv_scales, m)
         dense = m.dense_all if self.always_dense else m.dense
         if dense is not None:
             q = compat.dense_query(self.dense, query, layer) if self.fp8 else query
             self.dense.forward(layer, q, key, value, kv_cache, dense, output)
         if self.always_dense:
             return output
-        # read where they are: a captured graph follows scales that change
-        kv_scales = (layer._k_scale, layer._v_scale) if self.fp8 else None
-        kv_cache = compat.cache_numbers(kv_cache)
-        self._score(key, value, kv_cache, m)
+        kv_cache = numbers
         if m.cpu_rows:
             self._decode_cpu(query, kv_cache, m, output)
         elif m.sparse_decodes:
@@ -222,7 +226,12 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         return output
 
     def _score(
-        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, m: SparseKMetadata
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        kv_scales: tuple[torch.Tensor, torch.Tensor] | None,
+        m: SparseKMetadata,
     ) -> None:
         views = self.score_cache.views()
         tokens = m.num_actual_tokens
@@ -240,6 +249,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             anchors=views.anchors,
             bounds=views.bounds,
             hidden=None if self.hidden is None else self.hidden.rows[:tokens],
+            kv_scales=kv_scales,
         )
         self.scorer.write(batch)
 

@@ -17,8 +17,8 @@ class ScoreBatch:
         key, value: [T, H, D] in the model's dtype; keys are rotated.
         positions: [T] int32 absolute positions.
         slot_mapping: [>= T] int64 physical slots, -1 for padding.
-        kv_cache: [num_blocks, H, page, 2 * D], the new tokens already written; of an fp8 cache
-            the float8_e4m3fn numbers before their scale.
+        kv_cache: [num_blocks, H, page, 2 * D], the new tokens already written unless the scorer
+            ``writes_kv``; of an fp8 cache the float8_e4m3fn numbers before their scale.
         block_table: [rows, max_blocks] int32.
         query_start_loc: [rows + 1] int32; seq_lens: [rows] int32.
         scores: [num_blocks, H, page] float32, to be written; None for a query-aware scorer.
@@ -26,6 +26,7 @@ class ScoreBatch:
         hidden: [T, E] in the model's dtype or None, see ``Scorer.reads_hidden``.
         bounds: [num_blocks, H, page // unit, 2, D] in kv_cache's dtype or None, see
             ``Scorer.query_aware``.
+        kv_scales: k_scale, v_scale of an fp8 cache.
     """
 
     key: torch.Tensor
@@ -40,6 +41,7 @@ class ScoreBatch:
     anchors: torch.Tensor | None
     hidden: torch.Tensor | None = None
     bounds: torch.Tensor | None = None
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Scorer(ABC):
@@ -59,6 +61,11 @@ class Scorer(ABC):
     @property
     def reads_hidden(self) -> bool:
         """Whether it reads what goes into the layer's query/key/value projection."""
+        return False
+
+    @property
+    def writes_kv(self) -> bool:
+        """Whether ``write`` also writes the new tokens' keys and values into the KV cache."""
         return False
 
     @abstractmethod

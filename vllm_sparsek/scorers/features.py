@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sparsek.kernels.write.linear import turn_back
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -20,32 +22,8 @@ class Rope:
     interleaved: bool
 
     def undo(self, key: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """R(-position) key; components beyond rot stay as they are.
-
-        The angles are formed in float32 as models form them; sine and cosine are taken in
-        float64 and rounded, which is the same however many positions there are.
-
-        Args:
-            key: [T, H, D] rotated; positions: [T].
-
-        Returns:
-            [T, H, D] float32.
-        """
-        angle = (positions.float()[:, None] * self.inv_freq).double()
-        cos, sin = (x.float()[:, None] for x in (angle.cos(), angle.sin()))  # [T, 1, rot / 2]
-        half = self.inv_freq.shape[0]
-        key = key.float()
-        turned, rest = key[..., : 2 * half], key[..., 2 * half :]
-        if self.interleaved:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-        else:
-            a, b = turned[..., :half], turned[..., half:]
-        a, b = a * cos + b * sin, b * cos - a * sin
-        if self.interleaved:
-            turned = torch.stack([a, b], dim=-1).flatten(-2)
-        else:
-            turned = torch.cat([a, b], dim=-1)
-        return torch.cat([turned, rest], dim=-1)
+        """R(-position) key [T, H, D], positions [T]: [T, H, D] float32."""
+        return turn_back(key, positions, self.inv_freq, self.interleaved)
 
 
 def concatenate(

@@ -7,11 +7,14 @@ this kind on the hidden state.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 
 from vllm_sparsek.kernels.score import api
+from vllm_sparsek.kernels.write import api as write_api
+from vllm_sparsek.kernels.write.linear import LinearScore
 from vllm_sparsek.scorers import features
 from vllm_sparsek.scorers.base import ScoreBatch, Scorer
 from vllm_sparsek.scorers.scorer_file import ScorerFileError
@@ -19,6 +22,8 @@ from vllm_sparsek.scorers.scorer_reader import ScorerReader
 
 # elements of the widest intermediate tensor: tokens are scored in slices of this size
 SLICE_ELEMENTS = 1 << 24
+# features by their place in ``LinearScore.weight``
+IN_KERNEL = ("key_unrotated", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,25 @@ class LearnedScorer(Scorer):
     def reads_hidden(self) -> bool:
         """See ``Scorer.reads_hidden``."""
         return "hidden" in self.inputs
+
+    @property
+    def writes_kv(self) -> bool:
+        """See ``Scorer.writes_kv``."""
+        return self.linear is not None
+
+    @cached_property
+    def linear(self) -> LinearScore | None:
+        """What the kernel that writes keys, values and scores takes; None if it is more."""
+        if self.hidden_weight is not None or self.reads_hidden:
+            return None
+        heads, head_dim = self.weight.shape[0], self.weight.shape[1] // len(self.inputs)
+        weight = self.weight.new_zeros(3, heads, head_dim)
+        for name, part in zip(self.inputs, self.weight.split(head_dim, dim=1), strict=True):
+            weight[IN_KERNEL.index(name)] += part
+        slope = torch.zeros_like(self.bias) if self.slope is None else self.slope
+        if "key_unrotated" not in self.inputs or self.rope is None:
+            return LinearScore(weight, self.bias, slope)
+        return LinearScore(weight, self.bias, slope, self.rope.inv_freq, self.rope.interleaved)
 
     def score(
         self,
@@ -93,6 +117,12 @@ class LearnedScorer(Scorer):
     def write(self, batch: ScoreBatch) -> None:
         """See ``Scorer.write``."""
         assert batch.scores is not None
+        if self.linear is not None:
+            write_api.write_tokens(
+                batch.key, batch.value, batch.positions, batch.slot_mapping, self.linear,
+                batch.kv_cache, batch.scores, batch.kv_scales,
+            )  # fmt: skip
+            return
         scores = self.score(batch.key, batch.value, batch.positions, batch.hidden)
         api.write_scores(scores, batch.slot_mapping, batch.scores)
 

@@ -16,8 +16,8 @@ from vllm_sparsek.kernels.common.validate import FP8_CAPABILITY
 
 # bounds takes select's kernel: it comes after it
 MODULES = (
-    "score.triton", "select.triton", "bounds.triton", "decode.triton", "prefill.triton",
-    "prefix.triton", "common.page_tables",
+    "write.triton", "score.triton", "select.triton", "bounds.triton", "decode.triton",
+    "prefill.triton", "prefix.triton", "common.page_tables",
 )  # fmt: skip
 WARP_SIZE = 32
 # shared memory one block may use, bytes, by compute capability (CUDA programming guide)

@@ -50,7 +50,7 @@ def implementation(operation: str, impl: str, device: torch.device) -> ModuleTyp
     """The module of ``impl`` for ``operation``, imported on first use.
 
     Args:
-        operation: score, bounds, select, decode, prefill or prefix.
+        operation: write, score, bounds, select, decode, prefill or prefix.
         impl: triton, cpu, reference, fa3 (decode and prefill), or auto: triton on CUDA tensors,
             else cpu.
         device: where the tensors are.

@@ -72,19 +72,7 @@ def check_attention(
     for other, cache in others:
         check_tensor(other, cache, 4, first.dtype, device)
         check_shape(other, cache, tuple(first.shape))
-    if (first.dtype == FP8) != (kv_scales is not None):
-        raise ValueError(
-            f"kv_scales go with a {FP8} cache and no other: {name} is {first.dtype}, "
-            f"kv_scales are {'missing' if kv_scales is None else 'given'}"
-        )
-    for scale_name, scale in zip(("k_scale", "v_scale"), kv_scales or (), strict=False):
-        if scale.dtype != torch.float32:
-            raise TypeError(f"kv_scales {scale_name} must be torch.float32, got {scale.dtype}")
-        if scale.numel() != 1 or scale.device != device:
-            raise ValueError(
-                f"kv_scales {scale_name} must be one number on {device}, got shape "
-                f"{tuple(scale.shape)} on {scale.device}"
-            )
+    check_kv_scales(kv_scales, name, first, device)
     check_tensor("block_table", block_table, 2, torch.int32, device)
     check_tensor("item_row", item_row, 1, torch.int32, device)
     check_tensor("item_position", item_position, 1, torch.int32, device)
@@ -105,3 +93,29 @@ def check_attention(
         check_shape("gates", gates, tuple(units.shape))
         if gates.stride() != units.stride():
             raise ValueError(f"gates must have the strides of units, {units.stride()}")
+
+
+def check_kv_scales(
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None,
+    name: str,
+    cache: torch.Tensor,
+    device: torch.device,
+) -> None:
+    """Refuse scales that are not two float32 numbers of an fp8 cache called ``name``.
+
+    Raises:
+        ValueError, TypeError: the message names the argument.
+    """
+    if (cache.dtype == FP8) != (kv_scales is not None):
+        raise ValueError(
+            f"kv_scales go with a {FP8} cache and no other: {name} is {cache.dtype}, "
+            f"kv_scales are {'missing' if kv_scales is None else 'given'}"
+        )
+    for scale_name, scale in zip(("k_scale", "v_scale"), kv_scales or (), strict=False):
+        if scale.dtype != torch.float32:
+            raise TypeError(f"kv_scales {scale_name} must be torch.float32, got {scale.dtype}")
+        if scale.numel() != 1 or scale.device != device:
+            raise ValueError(
+                f"kv_scales {scale_name} must be one number on {device}, got shape "
+                f"{tuple(scale.shape)} on {scale.device}"
+            )

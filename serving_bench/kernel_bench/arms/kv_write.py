@@ -1,4 +1,4 @@
-"""Writing new tokens: vLLM's KV write alone and with a learned score, and scoring kernels alone.
+"""Writing new tokens: vLLM's KV write, ours with a learned score, and scoring kernels alone.
 
 One call is what one layer launches in one step.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -95,12 +96,10 @@ def _write(inputs: Inputs, gate: Gate, budget: Budget | None, score: bool) -> Pr
     scorer = _scorer(inputs)
 
     def make(tokens: NewTokens) -> Call:
-        write = _vllm_write(inputs, tokens)
+        write = partial(scorer.write, tokens.batch) if score else _vllm_write(inputs, tokens)
 
         def call() -> torch.Tensor:
             write()
-            if score:
-                scorer.write(tokens.batch)
             return inputs.kv_cache
 
         return call
@@ -204,7 +203,6 @@ ARMS = (
         ("score",),
         "write+score",
         lambda inputs, gate, budget: _write(inputs, gate, budget, score=True),
-        unavailable=_unavailable,
     ),
     Arm("sparsek-scores", ("score",), "score", _scores),
     Arm("sparsek-keydiff", ("score",), "score", _keydiff),

@@ -1,0 +1,1 @@
+"""Keys, values and linear scores of new tokens into their paged caches, in one pass."""
