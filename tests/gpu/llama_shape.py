@@ -2,9 +2,10 @@
 
     python tests/gpu/llama_shape.py dense|sparsek OUT.json [SPARSEK_JSON [LLM_ARGUMENTS_JSON]]
 
-Runs one backend, writes tokens and times to OUT.json; if OUT.json's sibling of the other
-backend exists, compares with it. Runner V1: VLLM_USE_V2_MODEL_RUNNER=0. The environment variable
-LLAMA_CASES takes other batches than CASES, as 16x32768,1x8192.
+Runs one backend, writes tokens and times to OUT.json; if llama-dense.json lies beside it,
+compares with that. Runner V1: VLLM_USE_V2_MODEL_RUNNER=0. The environment variable LLAMA_CASES
+takes other batches than CASES, as 16x32768,1x8192. ``{"scorer": "learned"}`` gets a linear scorer
+of random weights.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 SHAPE = {
@@ -37,6 +39,82 @@ def prompt(seed: int, length: int) -> dict[str, Any]:
     return {"prompt_token_ids": [draw.randrange(10, 128000) for _ in range(length)]}
 
 
+def random_scorer(folder: str) -> str:
+    """A scorer file as `vllm-sparsek fit` writes them by default, of random weights."""
+    import torch
+
+    from vllm_sparsek.scorers.scorer_file import ScorerFile, ScorerHeader, save_scorer
+
+    heads, head_dim = SHAPE["num_key_value_heads"], SHAPE["head_dim"]
+    features = ("key_unrotated", "key", "value")
+    draw = torch.Generator().manual_seed(0)
+    layers = {
+        layer: {
+            "weight": torch.randn(heads, len(features) * head_dim, generator=draw),
+            "bias": torch.zeros(heads),
+            "slope": torch.zeros(heads),
+        }
+        for layer in range(SHAPE["num_hidden_layers"])
+    }
+    inv_freq = SHAPE["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
+    header = ScorerHeader(kind="linear", features=features, rope="neox", model=None)
+    path = Path(folder, "sparsek", "scorer.safetensors")
+    path.parent.mkdir()
+    save_scorer(path, ScorerFile(header, layers, inv_freq, None, "random", 0))
+    return str(path)
+
+
+def mixed_steps(llm: Any, rows: int, context: int, long: int) -> dict[str, float]:
+    """Median ms of a step of ``rows`` decoding requests, alone and with chunks of a long prompt."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    add = lambda name, request, tokens: engine.add_request(  # noqa: E731
+        name, request, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True,
+                                      detokenize=False))  # fmt: skip
+    for i in range(rows):
+        add(f"mixed-{i}", prompt(5000 + i, context), 2000)
+    done: set[str] = set()
+    while len(done) < rows:
+        done |= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+
+    def steps(wanted: int, until: str = "") -> list[float]:
+        times, before = [], time.perf_counter()
+        while len(times) < wanted:
+            outputs = engine.step()
+            now = time.perf_counter()
+            times.append((now - before) * 1e3)
+            before = now
+            if any(o.request_id == until and o.outputs[0].token_ids for o in outputs):
+                break
+        return times
+
+    alone = steps(64)
+    add("long", prompt(6000, long), 1)
+    beside = steps(1000, "long")
+    engine.abort_request([f"mixed-{i}" for i in range(rows)])
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {
+        "mixed_decode_ms": median(alone),
+        "mixed_chunk_ms": median(beside[1:]),
+        "mixed_longest_ms": max(beside),
+        "mixed_chunks": len(beside),
+    }
+
+
+def hit_rate(llm: Any, before: dict[str, float]) -> float:
+    """Share of prompt tokens found in the prefix cache since the counters ``before``."""
+    now = counters(llm)
+    asked = now["vllm:prefix_cache_queries"] - before["vllm:prefix_cache_queries"]
+    return (now["vllm:prefix_cache_hits"] - before["vllm:prefix_cache_hits"]) / asked
+
+
+def counters(llm: Any) -> dict[str, float]:
+    """vLLM's counters by name."""
+    return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+
+
 def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]) -> None:
     """Load the engine once and measure several things."""
     from vllm import LLM, SamplingParams
@@ -44,6 +122,8 @@ def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]
     folder = tempfile.mkdtemp()
     Path(folder, "config.json").write_text(json.dumps(SHAPE))
     extra: dict[str, Any] = {}
+    if settings.get("scorer") == "learned":
+        settings = {**settings, "scorer_path": random_scorer(folder)}
     if backend == "sparsek":
         extra = {"attention_backend": "sparsek", "additional_config": {"sparsek": settings}}
     else:
@@ -79,17 +159,22 @@ def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]
         result[f"tokens_{name}"] = tokens
         print(name, f"prefill {rows * length / prefill:.0f} tok/s,",
               f"decode {result[f'decode_ms_{name}']:.2f} ms a step", flush=True)  # fmt: skip
-    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    result["prefix_hits"] = metrics.get("vllm:prefix_cache_hits")
-    result["prefix_queries"] = metrics.get("vllm:prefix_cache_queries")
+    # one prefix, many questions; one after the other, so that both backends can hit
+    before, prefix = counters(llm), prompt(7000, 16384)["prompt_token_ids"]
+    for i in range(8):
+        run([{"prompt_token_ids": prefix + prompt(7001 + i, 512)["prompt_token_ids"]}], 8)
+    result["shared_prefix_hit_rate"] = hit_rate(llm, before)
+    result |= mixed_steps(llm, 16, 8192, 98304)
     out.write_text(json.dumps(result))
     print({k: v for k, v in result.items() if isinstance(v, int | float | str)})
-    other = out.with_name(out.name.replace(backend, "dense"))
+    other = out.with_name("llama-dense.json")
     if backend == "sparsek" and other.exists():
         dense = json.loads(other.read_text())
         same = [a == b for a, b in zip(result["short"], dense["short"], strict=True)]
         print("short prompts equal dense, token for token:", same)
-        for key in [k for k in result if k.startswith(("decode_ms", "prefill_s"))]:
+        for key in [
+            k for k in result if k.startswith(("decode_ms", "prefill_s", "mixed", "shared"))
+        ]:
             print(f"{key:24s} dense {dense[key]:8.2f}  sparsek {result[key]:8.2f}  "
                   f"x{dense[key] / result[key]:.2f}")  # fmt: skip
 
