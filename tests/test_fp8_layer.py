@@ -13,7 +13,6 @@ from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode.reference import attend_one
 from vllm_sparsek.kernels.score import reference as score_reference
 from vllm_sparsek.kernels.select import reference as select_reference
-from vllm_sparsek.kernels.select.chunk import ChunkBases
 
 FP8 = torch.float8_e4m3fn
 HEADS, GROUP, D, PAGE, BLOCKS = 2, 3, 64, 16, 20
@@ -70,10 +69,8 @@ def step(first, tokens, sparse_from=None, dense=None):
     if sparse_from is not None:
         position = torch.arange(sparse_from, tokens, 16)
         length = (tokens - position).clamp(max=16)
-        # the CPU selects without a base
-        bounds = torch.tensor([[0, sparse_from, tokens - 1]]).int()
-        bases = ChunkBases(torch.zeros(len(position)).int(), bounds, sparse_from)
-        items = PrefillItems(*(x.int() for x in (0 * position, position, position, length)), bases)
+        columns = (x.int() for x in (0 * position, position, position, length))
+        items = PrefillItems(*columns, bases=None)
     return SparseKMetadata(
         num_actual_tokens=tokens, query_start_loc=torch.tensor([0, tokens]).int(),
         seq_lens=torch.tensor([first + tokens]).int(), block_table=TABLE,

@@ -38,8 +38,6 @@ from vllm_sparsek.scorers.base import ScoreBatch, Scorer
 
 # bytes of selection lists at a time in prefill (they are [items, H, K])
 SELECTION_BYTES = 64 << 20
-# items of a row that are worth a base, which costs about as much as one selection
-LEAST_PER_BASE = 4
 
 
 class SparseKImpl(AttentionImpl[SparseKMetadata]):
@@ -350,16 +348,15 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         budget, soft = self.budget(page), self.config.mode == "soft_v"
         width = budget.max_units(self.max_model_len)
         at_once = max(1, SELECTION_BYTES // (4 * self.num_kv_heads * width))
-        bases = items.bases.bounds.shape[0]
-        shared = query.is_cuda and not soft and items.row.numel() >= LEAST_PER_BASE * bases
+        bases = items.bases
         for low in range(0, items.row.numel(), at_once):
             part = slice(low, low + at_once)
             row, position = items.row[part], items.position[part]
             shape = (row.numel(), self.num_kv_heads, width)
             units = torch.empty(shape, dtype=torch.int32, device=query.device)
             gates = torch.empty(shape, dtype=torch.float32, device=query.device) if soft else None
-            base = replace(items.bases, item_base=items.bases.item_base[part]) if shared else None
-            self._select(query, m.block_table, row, position, budget, units, gates, bases=base)
+            own = None if bases is None else replace(bases, item_base=bases.item_base[part])
+            self._select(query, m.block_table, row, position, budget, units, gates, bases=own)
             prefill_api.prefill(
                 query, *kv_cache.chunk(2, dim=-1), m.block_table, row, position,
                 items.query_start[part], items.query_len[part], units, gates, budget,

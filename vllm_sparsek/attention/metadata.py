@@ -6,6 +6,7 @@ nothing here waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,9 @@ from vllm_sparsek.kernels.common.budget import mean_tokens_attended
 from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.metrics import StepCounters
 
+# items of a row that are worth a base, which costs about as much as one selection
+LEAST_PER_BASE = 4
+
 
 @dataclass
 class PrefillItems:
@@ -38,14 +42,14 @@ class PrefillItems:
         row: [items] int32 row of the block table; position: [items] int32 absolute position
             of the first query; query_start: [items] int32 its index in the batch;
             query_len: [items] int32, 1..R.
-        bases: one per row.
+        bases: one per row, or None where every item selects by itself.
     """
 
     row: torch.Tensor
     position: torch.Tensor
     query_start: torch.Tensor
     query_len: torch.Tensor
-    bases: ChunkBases
+    bases: ChunkBases | None
 
 
 @dataclass
@@ -128,6 +132,9 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         self.positions_at = 3 * self.max_rows + 4
         self.buffer = torch.zeros(
             self.positions_at + self.max_tokens, dtype=torch.int32, device=device
+        )
+        self.share_bases = (
+            device.type == "cuda" and self.config.mode == "hard" and not self.config.query_aware
         )
         self.step = 0
         self.counters = StepCounters.create(vllm_config)
@@ -256,14 +263,22 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         if not parts:
             return None
         packed = np.concatenate([np.stack(part) for part in parts], axis=1).astype(np.int32)
-        base = np.repeat(np.arange(len(parts), dtype=np.int32), [part[0].size for part in parts])
-        bounds = np.array([(row[0], position[0], position[-1]) for row, position, *_ in parts])
-        bounds[:, 1:] -= bounds[:, 1:] % refresh
-        packed = np.concatenate([packed, base[None]])
-        row_, position_, query_start_, query_len_, base_ = compat.to_device(packed, self.device)
-        bounds_ = compat.to_device(bounds.astype(np.int32), self.device)
-        bases = ChunkBases(base_, bounds_, int(bounds[:, 1].max()))
+        row_, position_, query_start_, query_len_ = compat.to_device(packed, self.device)
+        items = [part[0].size for part in parts]
+        worth_it = self.share_bases and sum(items) >= LEAST_PER_BASE * len(parts)
+        bases = self._bases(parts, items) if worth_it else None
         return PrefillItems(row_, position_, query_start_, query_len_, bases)
+
+    def _bases(self, parts: Sequence[Sequence[np.ndarray]], items: list[int]) -> ChunkBases:
+        """One base per row, from the first to the last refresh block of its items."""
+        bounds = np.array([(row[0], position[0], position[-1]) for row, position, *_ in parts])
+        bounds[:, 1:] -= bounds[:, 1:] % self.budget.refresh
+        of_item = np.repeat(np.arange(len(parts), dtype=np.int32), items)
+        return ChunkBases(
+            compat.to_device(of_item, self.device),
+            compat.to_device(bounds.astype(np.int32), self.device),
+            int(bounds[:, 1].max()),
+        )
 
     def _count(
         self,
