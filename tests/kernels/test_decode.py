@@ -157,6 +157,39 @@ def test_while_everything_fits_it_is_ordinary_attention(device):
         torch.testing.assert_close(out[item].double(), dense, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("case", ["d64-g4-token", "heads", "heads-page"])
+def test_the_decoder_that_keeps_selections_on_the_cpu_is_the_reference(case):
+    from vllm_sparsek.attention.cpu_decode import CpuDecoder, CpuDecodeRow
+    from vllm_sparsek.kernels.select import api as select_api
+
+    paged, query, row, position, units, gates, budget, scale = problem(CASES[case])
+    real = [i for i, r in enumerate(row.tolist()) if r >= 0]
+    decoder = CpuDecoder(2, budget, gates is not None, scale, False)
+    selected = []
+
+    def select(query, block_table, row, position, budget, units, gates):
+        selected.append(row.item())
+        select_api.select(
+            paged.scores, block_table, row, position, budget, "lse", gates is not None, units,
+            gates, impl="cpu",
+        )  # fmt: skip
+
+    expected = torch.full_like(query, NAN)
+    reference.decode(
+        query, paged.kv_cache, paged.block_table, row, position, units, gates, budget, scale,
+        expected,
+    )  # fmt: skip
+    rows = [
+        CpuDecodeRow(r, int(position[i]), (int(position[i]), bytes([r])))
+        for r, i in enumerate(real)
+    ]
+    for _ in range(2):
+        out = torch.full_like(query[real], NAN)
+        decoder.forward(query[real], paged.kv_cache, select, paged.block_table, rows, {}, out)
+        torch.testing.assert_close(out, expected[real], rtol=0, atol=5e-6)
+    assert selected == list(range(len(real))), "the second step selects nothing"
+
+
 @pytest.mark.gpu
 def test_blocks_beyond_two_to_the_31_elements_are_found(device):
     case = (BF16, 2, 4, 128, 16, [300], Budget(64, 16, 4, 1), False)
@@ -174,10 +207,15 @@ def test_blocks_beyond_two_to_the_31_elements_are_found(device):
 
 
 @pytest.mark.gpu
-def test_select_and_decode_replay_in_a_cuda_graph(device):
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(64, 16, 4, 16), Budget(1, 16, 4, 16).with_heads([(600, None), (32, None)])],
+    ids=["layer", "heads"],
+)
+def test_select_and_decode_replay_in_a_cuda_graph(budget, device):
     from vllm_sparsek.kernels.select import api as select_api
 
-    case = (BF16, 2, 4, 128, 16, [1, 300, 1000], Budget(64, 16, 4, 16), False)
+    case = (BF16, 2, 4, 128, 16, [1, 300, 1000], budget, False)
     paged, query, row, position, _, _, budget, scale = problem(case)
     paged, query = paged.to(device), query.to(device)
     row, position = row.to(device), position.to(device)
