@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,6 +171,31 @@ def test_the_mean_over_heads_counts_every_layer_once(k_share):
     np.testing.assert_allclose(
         mean_tokens_attended([even, uneven], positions), expected, rtol=1e-12
     )
+
+
+def test_a_rank_keeps_its_heads_of_the_whole_models_split(monkeypatch):
+    from vllm_sparsek.attention import settings
+    from vllm_sparsek.attention.impl import SparseKImpl
+
+    shares = ((0.5, 0.5, 1.0, 1.0), (2.0, 1.0, 0.5, 1.5))
+    model = SimpleNamespace(max_model_len=LONGEST)
+    vllm_config = SimpleNamespace(instance_id="two ranks", model_config=model)
+    config = SparseKConfig(k=512, window=64, sinks=4, refresh=16, scorer="knorm")
+    monkeypatch.setattr(settings, "_current", {"two ranks": (config, LONGEST)})
+    monkeypatch.setattr(settings, "_shares", {"two ranks": shares})
+    found = []
+    for rank in (slice(0, 2), slice(2, 4)):
+        for layer in (0, 1):
+            impl = object.__new__(SparseKImpl)
+            vars(impl).update(vllm_config=vllm_config, layer=layer, heads=rank, _budgets={},
+                              max_model_len=LONGEST)  # fmt: skip
+            found.append(impl.budget(16))
+            # splits of decode follow from it: the same on all ranks
+            assert impl._own_and_largest(16)[1].k == 1024
+    assert [(b.k, b.heads) for b in found] == [
+        (256, ()), (1024, ((1024, None), (512, None))),
+        (512, ()), (768, ((256, None), (768, None))),
+    ]  # fmt: skip
 
 
 @pytest.fixture
