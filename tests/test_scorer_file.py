@@ -212,11 +212,11 @@ def test_only_scorers_of_hidden_states_read_them(saved):
 def test_the_metadata_say_what_was_fitted_and_how(saved):
     path, _ = saved(
         kind="mlp", model="abc", data="prose, code", seed=7, extra={"steps": "300"},
-        layer_budgets=torch.ones(4),
+        layer_budgets=torch.arange(8.0).view(4, 2),
     )  # fmt: skip
     with safe_open(path, "pt") as file:
         meta = file.metadata()
-        assert "layer_budgets" in file.keys()  # noqa: SIM118
+        assert file.get_tensor("layer_budgets").tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert meta["created_with"].startswith("vllm-sparsek")
     expected = {
         "format": FORMAT, "kind": "mlp", "input": "key,value", "activation": "relu",

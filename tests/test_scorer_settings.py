@@ -28,8 +28,9 @@ def model(tmp_path):
     folder.mkdir()
     save_file({"w": torch.ones(3)}, str(folder / "model.safetensors"))
     config = SimpleNamespace(
-        model=str(folder), revision=None, get_total_num_hidden_layers=lambda: LAYERS
-    )
+        model=str(folder), revision=None, get_total_num_hidden_layers=lambda: LAYERS,
+        get_total_num_kv_heads=lambda: HEADS,
+    )  # fmt: skip
     return SimpleNamespace(model_config=config)
 
 
@@ -60,6 +61,14 @@ def test_a_scorer_of_another_model_is_refused_naming_both(model, configured):
     folder = model.model_config.model
     for word in ("abc", folder, model_fingerprint(folder), f"vllm-sparsek fit {folder}"):
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(LAYERS + 1,), (LAYERS, HEADS + 1)], ids=["layers", "heads"])
+def test_budgets_of_another_model_are_refused(shape, model, configured):
+    for fitting in ((LAYERS,), (LAYERS, HEADS)):
+        settings.check_scorer(model, configured(layer_budgets=torch.ones(fitting)))
+    with pytest.raises(ScorerFileError, match="layer_budgets has shape"):
+        settings.check_scorer(model, configured(layer_budgets=torch.ones(shape)))
 
 
 def test_weights_that_cannot_be_found_are_a_warning(model, configured, tmp_path, monkeypatch):

@@ -61,8 +61,8 @@ class SparseKConfig:
         dense_until: queries at positions below it read their whole context, also where prefill
             is sparse: a document read densely, and the question about it sparsely.
         dense_layers: indices of layers that always read the whole context.
-        layer_budgets: ``auto`` (a scorer's file may split the layers' total budget unevenly) or
-            ``uniform`` (every layer keeps ``k``).
+        layer_budgets: ``auto`` (a scorer's file may split the total budget unevenly over layers
+            and KV heads) or ``uniform`` (every head of every layer keeps ``k``).
         seed: seed of the ``random`` scorer.
     """
 

@@ -1,4 +1,4 @@
-"""Budgets per layer through the real engine: what is read, and that nothing depends on batches."""
+"""Budgets per layer and KV head in the real engine: what is read, whatever the batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from vllm_sparsek.scorers.scorer_file import ScorerFile, ScorerHeader, save_scor
 pytestmark = pytest.mark.engine
 
 LAYERS, HEADS, DIM, PAGE = 4, 2, 64, 32
-SHARES = (0.25, 2.0, 0.0, 0.75)
+BY_LAYER = (0.25, 2.0, 0.0, 0.75)
+BY_HEAD = ((0.25, 0.75), (3.0, 1.0), (0.0, 0.0), (0.5, 0.5))
 DENSE = [2]
 SETTINGS = {
     "number": {"k": 96, "window": 48, "sinks": 4, "refresh": 16, "dense_layers": DENSE},
@@ -24,7 +25,13 @@ SETTINGS = {
         "k": 0.25, "k_min": 64, "window": 40, "sinks": 4, "refresh": 32, "granularity": "page",
         "mode": "soft_v", "dense_layers": DENSE,
     },
+    "heads": {"k": 96, "window": 48, "sinks": 4, "refresh": 16, "dense_layers": DENSE},
+    "heads, share, pages": {
+        "k": 0.2, "k_min": 64, "window": 40, "sinks": 4, "refresh": 32, "granularity": "page",
+        "mode": "soft_v", "dense_layers": DENSE,
+    },
 }  # fmt: skip
+SHARES = {name: BY_HEAD if name.startswith("heads") else BY_LAYER for name in SETTINGS}
 TOKENS = 16
 # float32 on the CPU, float16 on a GPU
 EXACT = not torch.cuda.is_available()
@@ -48,12 +55,16 @@ def write_scorer(path, budgets):
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("budgets")
     model = write_model(folder / "model", num_hidden_layers=LAYERS)
-    uneven = write_scorer(folder / "uneven.safetensors", torch.tensor(SHARES))
+    files = {
+        shares: write_scorer(folder / f"uneven-{i}.safetensors", torch.tensor(shares))
+        for i, shares in enumerate((BY_LAYER, BY_HEAD))
+    }
     even = write_scorer(folder / "even.safetensors", None)
     call = {"prompts": PROMPTS, "max_tokens": TOKENS}
     # density is the first call's: the others run on engines of their own
     arms = {}
     for name, settings in SETTINGS.items():
+        uneven = files[SHARES[name]]
         arms[name] = ({**settings, "scorer_path": uneven}, {}, [call])
         arms[f"{name}, again"] = (
             {**settings, "scorer_path": uneven}, {},
@@ -67,7 +78,7 @@ def results(tmp_path_factory):
         )  # fmt: skip
         arms[f"{name}, even"] = ({**settings, "scorer_path": even}, {}, [call])
     arms["dense forgotten"] = (
-        {**SETTINGS["number"], "scorer_path": uneven, "dense_layers": []}, {}, [call],
+        {**SETTINGS["number"], "scorer_path": files[BY_LAYER], "dense_layers": []}, {}, [call],
     )  # fmt: skip
     specs = [
         {
@@ -115,7 +126,10 @@ def test_tokens_attended_are_the_mean_over_layers(name, results):
     # any scorer of tokens: the budget is the learned one's
     config = SparseKConfig(**{**settings, "scorer": "knorm", "dense_layers": tuple(DENSE)})
     nominal = config.budget(PAGE)
-    budgets = [b for b in split_budget(nominal, SHARES, (2,), 1024) if b is not None]
+    shares = torch.tensor(SHARES[name]).view(LAYERS, -1)
+    split = split_budget(nominal, tuple(map(tuple, shares.tolist())), (2,), 1024)
+    budgets = [b for b in split if b is not None]
+    assert any(b.heads for b in budgets) == name.startswith("heads")
     attended = context = 0.0
     for prompt in PROMPTS:
         # the last token is never read
@@ -129,5 +143,5 @@ def test_tokens_attended_are_the_mean_over_layers(name, results):
 
 def test_a_layer_the_file_takes_for_dense_must_be_dense(results):
     error = results["dense forgotten"]["error"]
-    for word in ("uneven.safetensors", "layer 2", "dense_layers", "layer_budgets=uniform"):
+    for word in ("uneven-0.safetensors", "layer 2", "dense_layers", "layer_budgets=uniform"):
         assert word in error

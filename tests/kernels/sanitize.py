@@ -93,7 +93,8 @@ def attention(
 ) -> None:
     """Select, decode and prefill."""
     label = (
-        f"D={head_dim} page={page} G={group} unit={budget.unit} R={budget.refresh} {soft=} {fp8=}"
+        f"D={head_dim} page={page} G={group} unit={budget.unit} R={budget.refresh} "
+        f"heads={len(budget.heads)} {soft=} {fp8=}"
     )
     heads, scale = 2, head_dim**-0.5
     paged = build(LENGTHS, heads, head_dim, page, torch.bfloat16)
@@ -184,6 +185,8 @@ def main() -> int:
     attention(256, 128, 3, Budget(128, 9, 1, 64, 128), True)
     attention(64, 16, 1, Budget(8, 8, 2, 16, 1, 0.15), False)
     attention(128, 16, 4, Budget(64, 16, 4, 64, 16), False, fp8=True)
+    attention(128, 16, 4, Budget(1, 16, 4, 64).with_heads([(300, None), (16, 0.2)]), False)
+    attention(64, 16, 4, Budget(1, 16, 4, 16, 16).with_heads([(32, None), (96, None)]), True)
     dense_layout({"k": 48, "window": 9, "sinks": 3}, 301)
     dense_layout({"k": 48, "window": 9, "sinks": 17, "granularity": "page"}, 7)
     dense_layout({"k": 32, "window": 9, "sinks": 0, "refresh": 1, "mode": "soft_v"}, 40)

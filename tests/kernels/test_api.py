@@ -139,6 +139,20 @@ def test_units_that_are_neither_tokens_nor_pages_are_refused_by_the_kernel(devic
         )  # fmt: skip
 
 
+def test_a_budget_of_other_heads_is_refused(device):
+    arguments = decode_arguments(device)
+    arguments["budget"] = BUDGET.with_heads([(16, None), (8, None), (8, None)])
+    for call, given in (decode_api.decode, arguments), (prefill_api.prefill, of_prefill(arguments)):
+        with pytest.raises(ValueError, match=r"budget\.heads is of 3 KV heads, there are 2"):
+            call(**given)
+    with pytest.raises(ValueError, match=r"budget\.heads is of 3 KV heads, there are 2"):
+        select_api.select(
+            torch.zeros(3, 2, 16, device=device), arguments["block_table"],
+            arguments["item_row"], arguments["item_position"], arguments["budget"], "lse", False,
+            arguments["units"],
+        )  # fmt: skip
+
+
 def test_write_scores_names_the_argument_it_refuses():
     u, slot, scores = torch.zeros(4, 2), torch.arange(4), torch.zeros(3, 2, 16)
     with pytest.raises(TypeError, match="slot_mapping"):

@@ -225,6 +225,7 @@ WRONG = {
     "block_table": (lambda t: t.long(), TypeError),
     "item_position": (lambda t: t[:0], ValueError),
     "units_out": (lambda t: t[:, :1], ValueError),
+    "budget": (lambda budget: budget.with_heads([(16, None), (32, None)]), ValueError),
 }
 
 

@@ -18,15 +18,16 @@ with interpreting():
         budget_arguments,
         end_unit,
         list_bounds,
+        of_head,
         units_kept,
     )
 
     @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "n", "max_units"])
     def rules_kernel(
         positions_ptr,  # [n] int32
-        kept_ptr,  # [n] int32
-        end_ptr,  # [n] int32
-        total_ptr,  # [n] int32
+        kept_ptr,  # [heads, n] int32, as the next two
+        end_ptr,
+        total_ptr,
         n,
         max_units,
         first_unit,
@@ -41,6 +42,9 @@ with interpreting():
         m = o < n
         position = tl.load(positions_ptr + o, mask=m, other=0)
         start = position // refresh * refresh
+        i_h = tl.program_id(1)
+        k, share_bits = of_head(k, i_h), of_head(share_bits, i_h)
+        o += i_h * n
         tl.store(kept_ptr + o, units_kept(start, k, share_bits, UNIT), mask=m)
         tl.store(end_ptr + o, end_unit(start, first_unit, window, UNIT), mask=m)
         _, _, _, total = list_bounds(
@@ -59,7 +63,18 @@ BUDGETS = {
 }
 
 
-@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
+BY_HEAD = {
+    "token": BUDGETS["token"].with_heads([(64, None), (16, None), (400, None)]),
+    "share": BUDGETS["share-third"].with_heads([(16, 0.07), (64, 1 / 3), (16, 0.1), (32, 1.0)]),
+    "page": BUDGETS["share-page"].with_heads([(64, 0.55), (32, 0.3)]),
+}
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [*BUDGETS.values(), *BY_HEAD.values()],
+    ids=[*BUDGETS, *(f"heads-{n}" for n in BY_HEAD)],
+)
 def test_device_rules_agree_with_the_budget_up_to_a_million_tokens(budget, device):
     generator = torch.Generator().manual_seed(1)
     # multiples of 100 are where ceil(share * n) is decided by the last bit
@@ -71,18 +86,41 @@ def test_device_rules_agree_with_the_budget_up_to_a_million_tokens(budget, devic
         ]
     ).int()
     n, block = positions.numel(), 1024
-    found = [torch.full((n,), -7, dtype=torch.int32, device=device) for _ in range(3)]
-    rules_kernel[(triton.cdiv(n, block),)](
-        positions.to(device), *found, n, 1 << 30, *budget_arguments(budget),
+    heads = max(1, len(budget.heads))
+    found = [torch.full((heads, n), -7, dtype=torch.int32, device=device) for _ in range(3)]
+    rules_kernel[(triton.cdiv(n, block), heads)](
+        positions.to(device), *found, n, 1 << 30, *budget_arguments(budget, device),
         UNIT=budget.unit, BLOCK=block,
     )  # fmt: skip
     starts = [budget.selection_position(p) for p in positions.tolist()]
-    assert found[0].tolist() == [budget.units_kept(s) for s in starts]
-    assert found[1].tolist() == [budget.end_unit(s) for s in starts]
-    totals = [budget.tokens_attended(p) for p in positions.tolist()]
-    assert found[2].tolist() == totals
     bound = budget.max_tokens_attended(1 << 20)
-    assert max(totals) <= bound
+    for head in range(heads):
+        own = budget.of_heads(slice(head, head + 1))
+        assert not own.heads
+        assert found[0][head].tolist() == [own.units_kept(s) for s in starts]
+        assert found[1][head].tolist() == [own.end_unit(s) for s in starts]
+        totals = [own.tokens_attended(p) for p in positions.tolist()]
+        assert found[2][head].tolist() == totals
+        assert max(totals) <= bound
+
+
+@pytest.mark.parametrize("budget", BY_HEAD.values(), ids=BY_HEAD.keys())
+def test_a_budget_of_heads_speaks_of_the_head_that_keeps_most(budget):
+    alone = [budget.of_heads(slice(h, h + 1)) for h in range(len(budget.heads))]
+    assert [(b.k, b.k_share) for b in alone] == list(budget.heads)
+    for position in [0, 70, 111, 999, 5000]:
+        assert budget.units_kept(position) == max(b.units_kept(position) for b in alone)
+        assert budget.is_dense(position) == any(b.is_dense(position) for b in alone)
+
+
+def test_heads_that_keep_equally_much_are_no_budget_of_heads():
+    plain = BUDGETS["share-page"]
+    assert plain.with_heads([(64, 0.55)] * 4) == plain
+    some = plain.with_heads([(32, 0.1), (64, 0.55), (64, 0.55)])
+    assert some.heads
+    assert some.of_heads(slice(1, 3)) == plain
+    assert some.of_heads(slice(0, 2)).heads == some.heads[:2]
+    assert plain.of_heads(slice(0, 2)) == plain
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())

@@ -23,6 +23,8 @@ BUDGETS = {
     "every position": replace(BUDGET, refresh=1),
     "list that grows": replace(BUDGET, k=8, k_share=0.25),
     "pages": Budget(k=48, window=20, sinks=17, refresh=16, unit=16),
+    "heads": BUDGET.with_heads([(7, None), (110, None)]),
+    "the list of one head grows": BUDGET.with_heads([(48, 0.01), (8, 0.3)]),
     "nothing competes": replace(BUDGET, sinks=600),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from caches import EPS, NAN, assert_within_twice, build, chosen, eager_one, items_of
@@ -11,6 +13,7 @@ from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api, reference
 
 F16, F32 = torch.float16, torch.float32
+BY_HEAD = Budget(1, 16, 4, 16).with_heads([(600, None), (16, 0.05)])
 CASES = {
     # dtype, KV heads, G, D, page, context lengths, budget, soft
     "d64-g4-token": (F32, 2, 4, 64, 16, [1, 63, 111, 1000], Budget(32, 16, 4, 1), False),
@@ -21,6 +24,9 @@ CASES = {
     "d64-page16-unit-soft": (F32, 2, 4, 64, 16, [63, 400], Budget(64, 20, 17, 64, 16), True),
     "page32-unit-share": (F32, 1, 4, 64, 32, [1, 700], Budget(32, 9, 1, 16, 32, 0.2), False),
     "mqa-g20-many-splits": (F32, 1, 20, 64, 16, [1000], Budget(600, 50, 4, 1), False),
+    "heads": (F32, 2, 4, 64, 16, [1, 63, 300, 1000], BY_HEAD, False),
+    "heads-bf16-soft": (BF16, 2, 3, 128, 16, [111, 700], BY_HEAD, True),
+    "heads-page": (F32, 2, 2, 64, 16, [63, 700], replace(BY_HEAD, unit=16), True),
     "sinks-beyond-context": (F32, 1, 4, 64, 16, [1, 20, 63], Budget(8, 4, 48, 1), True),
     "all-fits": (F32, 2, 3, 64, 16, [63, 111], Budget(4000, 16, 4, 1), True),
 }
@@ -115,6 +121,21 @@ def test_a_poisoned_workspace_of_the_stated_shapes_suffices(device):
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+def test_a_head_has_no_splits_beyond_its_own_list(device):
+    paged, query, row, position, units, gates, budget, scale = problem(CASES["heads"])
+    bound = budget.max_tokens_attended(1000)
+    workspace = tuple(
+        torch.full(shape, NAN, device=device) for shape in api.workspace_shapes(*query.shape, bound)
+    )
+    attend(
+        paged.to(device), query, row, position, units, gates, budget, scale, workspace=workspace,
+        max_tokens=bound,
+    )  # fmt: skip
+    # splits written for the last request, whose lists are of 635 and 85 tokens; 4 query heads each
+    written = (~workspace[1][4].isnan()).all(-1).sum(-1).tolist()
+    assert written == [3] * 4 + [1] * 4
+
+
 def test_strided_queries_and_outputs_are_read_and_written_by_stride(device):
     paged, query, row, position, units, gates, budget, scale = problem(CASES["d96-g1-mha"])
     there = paged.to(device)
@@ -140,6 +161,39 @@ def test_while_everything_fits_it_is_ordinary_attention(device):
         torch.testing.assert_close(out[item].double(), dense, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("case", ["d64-g4-token", "heads", "heads-page"])
+def test_the_decoder_that_keeps_selections_on_the_cpu_is_the_reference(case):
+    from vllm_sparsek.attention.cpu_decode import CpuDecoder, CpuDecodeRow
+    from vllm_sparsek.kernels.select import api as select_api
+
+    paged, query, row, position, units, gates, budget, scale = problem(CASES[case])
+    real = [i for i, r in enumerate(row.tolist()) if r >= 0]
+    decoder = CpuDecoder(2, budget, gates is not None, scale, False)
+    selected = []
+
+    def select(query, block_table, row, position, budget, units, gates):
+        selected.append(row.item())
+        select_api.select(
+            paged.scores, block_table, row, position, budget, "lse", gates is not None, units,
+            gates, impl="cpu",
+        )  # fmt: skip
+
+    expected = torch.full_like(query, NAN)
+    reference.decode(
+        query, paged.kv_cache, paged.block_table, row, position, units, gates, budget, scale,
+        expected,
+    )  # fmt: skip
+    rows = [
+        CpuDecodeRow(r, int(position[i]), (int(position[i]), bytes([r])))
+        for r, i in enumerate(real)
+    ]
+    for _ in range(2):
+        out = torch.full_like(query[real], NAN)
+        decoder.forward(query[real], paged.kv_cache, select, paged.block_table, rows, {}, out)
+        torch.testing.assert_close(out, expected[real], rtol=0, atol=5e-6)
+    assert selected == list(range(len(real))), "the second step selects nothing"
+
+
 @pytest.mark.gpu
 def test_blocks_beyond_two_to_the_31_elements_are_found(device):
     case = (BF16, 2, 4, 128, 16, [300], Budget(64, 16, 4, 1), False)
@@ -157,10 +211,15 @@ def test_blocks_beyond_two_to_the_31_elements_are_found(device):
 
 
 @pytest.mark.gpu
-def test_select_and_decode_replay_in_a_cuda_graph(device):
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(64, 16, 4, 16), Budget(1, 16, 4, 16).with_heads([(600, None), (32, None)])],
+    ids=["layer", "heads"],
+)
+def test_select_and_decode_replay_in_a_cuda_graph(budget, device):
     from vllm_sparsek.kernels.select import api as select_api
 
-    case = (BF16, 2, 4, 128, 16, [1, 300, 1000], Budget(64, 16, 4, 16), False)
+    case = (BF16, 2, 4, 128, 16, [1, 300, 1000], budget, False)
     paged, query, row, position, _, _, budget, scale = problem(case)
     paged, query = paged.to(device), query.to(device)
     row, position = row.to(device), position.to(device)

@@ -71,8 +71,18 @@ def test_a_new_refresh_block_selects_anew_for_its_item_alone(device):
         Budget(k=90, window=7, sinks=0, refresh=16),
         Budget(k=48, window=16, sinks=3, refresh=16, unit=16),
         Budget(k=8, window=16, sinks=3, refresh=16, k_share=0.25),
+        BUDGET.with_heads([(7, None), (60, None)]),
+        BUDGET.with_heads([(48, 0.01), (8, 0.3)]),
     ],
-    ids=["tokens", "every position", "list not full at first", "pages", "list that grows"],
+    ids=[
+        "tokens",
+        "every position",
+        "list not full at first",
+        "pages",
+        "list that grows",
+        "heads",
+        "the list of one head grows",
+    ],
 )
 def test_every_list_is_the_one_a_selection_without_memory_makes(device, budget):
     steps = Steps(device, budget=budget)

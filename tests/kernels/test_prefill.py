@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def attend(paged, query, items, units, gates, budget, scale, impl="triton"):
     return out.cpu()
 
 
+BY_HEAD = Budget(1, 8, 4, 16).with_heads([(100, None), (8, 0.1)])
 CASES = {
     # dtype, KV heads, G, D, page, chunks (row, first, tokens), budget, soft
     "r16-token": (F32, 2, 4, 64, 16, [(0, 0, 63), (1, 90, 21)], Budget(16, 8, 4, 16), False),
@@ -55,6 +57,9 @@ CASES = {
     "r64-d256-page128": (BF16, 1, 1, 256, 128, [(0, 600, 20)], Budget(128, 9, 1, 64, 128), False),
     "r16-d96-mqa": (F32, 1, 5, 96, 32, [(0, 0, 1), (1, 110, 20)], Budget(16, 1, 0, 16), False),
     "r16-share": (F32, 1, 3, 64, 16, [(0, 180, 30)], Budget(8, 8, 2, 16, k_share=0.15), True),
+    "heads": (F32, 2, 3, 64, 16, [(0, 0, 63), (1, 180, 40)], BY_HEAD, False),
+    "heads-soft": (BF16, 2, 1, 64, 16, [(0, 150, 80)], BY_HEAD, True),
+    "heads-page": (F32, 2, 2, 64, 16, [(0, 150, 80)], replace(BY_HEAD, unit=16), False),
     "sinks-beyond-chunk": (F32, 1, 4, 64, 16, [(0, 0, 20)], Budget(8, 4, 48, 16), False),
 }
 
@@ -108,6 +113,7 @@ BRUTE_FORCE = {
     "r16-mha": (1, Budget(16, 5, 0, 16), 63),
     "r64": (3, Budget(12, 1, 4, 64), 111),
     "share": (1, Budget(4, 8, 2, 16, k_share=0.2), 80),
+    "heads": (2, Budget(1, 5, 2, 16).with_heads([(4, None), (24, None), (8, 0.2)]), 70),
     "all-fits": (1, Budget(60, 8, 2, 16), 63),
     "one-token": (1, Budget(4, 1, 0, 1), 1),
 }
@@ -119,7 +125,7 @@ def test_select_and_prefill_together_are_what_brute_force_says(case, impl, devic
     if impl != "triton" and device.type == "cuda":
         pytest.skip("runs on the CPU")
     group, budget, n = case
-    heads, head_dim = 1, 64
+    heads, head_dim = max(1, len(budget.heads)), 64
     paged = build([n], heads, head_dim, 16, levels=12 if group == 3 else None)
     query = torch.randn(n, heads * group, head_dim, generator=torch.Generator().manual_seed(9))
     # numpy scores: the definition compares single numbers, which tensors do slowly
@@ -138,9 +144,12 @@ def test_select_and_prefill_together_are_what_brute_force_says(case, impl, devic
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("by_head", [False, True], ids=["layer", "heads"])
 @pytest.mark.parametrize("unit", [1, 16], ids=["token", "page"])
-def test_outputs_are_bitwise_the_same_however_a_prompt_is_chunked(unit, device):
+def test_outputs_are_bitwise_the_same_however_a_prompt_is_chunked(unit, by_head, device):
     n, budget = 150, Budget(k=32, window=11, sinks=3, refresh=64, unit=unit)
+    if by_head:
+        budget = budget.with_heads([(16, None), (80, None)])
     paged = build([n], 2, 64, 16)
     query = torch.randn(n, 6, 64, generator=torch.Generator().manual_seed(9))
     results = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from caches import NAN, build, chosen, items_of, paged_view
@@ -31,6 +33,8 @@ def run(paged, row, position, budget, soft=False, pooling="lse", impl="triton", 
     return units.cpu(), None if gates is None else gates.cpu()
 
 
+BY_HEAD = Budget(1, 16, 5, 16).with_heads([(40, None), (3, None), (300, None)])
+BY_HEAD_SHARE = Budget(1, 16, 5, 16).with_heads([(16, 0.3), (32, 0.07)])
 TOKEN_CASES = {
     "short-contexts": (Budget(32, 16, 5, 1), [1, 63, 111], 2, 16, None),
     "thousand": (Budget(100, 33, 4, 1), [1000, 999], 1, 32, None),
@@ -41,6 +45,9 @@ TOKEN_CASES = {
     "all-equal": (Budget(25, 8, 2, 1), [300], 1, 16, 1),
     "k-share": (Budget(8, 16, 5, 16, k_share=0.1), [1, 63, 500, 1000], 2, 32, None),
     "k-beyond-n": (Budget(4000, 16, 5, 1), [63, 1000], 1, 16, None),
+    "heads": (BY_HEAD, [1, 63, 111, 1000], 3, 16, None),
+    "heads-ties": (BY_HEAD, [300], 3, 32, 3),
+    "heads-share": (BY_HEAD_SHARE, [63, 500, 1000], 2, 16, None),
     "nothing-competes": (Budget(8, 16, 200, 1), [63, 111], 2, 16, None),
 }
 
@@ -60,6 +67,36 @@ def test_token_selection_is_the_references_to_the_last_tie(case, soft, device):
     if soft:
         torch.testing.assert_close(gates[..., :k], expected_gates, rtol=0, atol=GATE_TOLERANCE)
         assert (gates[..., k:] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["triton", "cpu", "reference"])
+@pytest.mark.parametrize(
+    ("budget", "soft"),
+    [
+        (BY_HEAD, False),
+        (replace(BY_HEAD, unit=16), True),
+        (Budget(1, 16, 5, 16).with_heads([(16, 0.3), (32, 0.07), (1, 0.3)]), True),
+    ],
+    ids=["tokens", "pages-soft", "share-soft"],
+)
+def test_every_head_keeps_what_it_would_keep_alone(budget, soft, impl, device):
+    if impl != "triton" and device.type == "cuda":
+        pytest.skip("runs on the CPU")
+    paged = build([500, 130], 3, 8, 16)
+    row, position = items_of([(0, 499), (1, 129), (-1, 0), (0, 200)])
+    there = paged.to(device)
+    units, gates = run(there, row, position, budget, soft, "max", impl)
+    scores, counts = there.scores, set()
+    for head, (k, k_share) in enumerate(budget.heads):
+        own = replace(budget, k=k, k_share=k_share, heads=())
+        there.scores = scores[:, head : head + 1]
+        width = units.shape[2]
+        alone, gate = run(there, row, position, own, soft, "max", impl, k=width)
+        counts.add(int((alone[0] >= 0).sum()))
+        assert torch.equal(units[:, head : head + 1], alone)
+        if soft:
+            torch.testing.assert_close(gates[:, head : head + 1], gate, rtol=0, atol=1e-6)
+    assert len(counts) > 1
 
 
 @pytest.mark.parametrize("pooling", ["lse", "max", "mean"])

@@ -10,11 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from vllm_sparsek.attention.layer_budgets import read_shares, split_budget
 from vllm_sparsek.cli import main
+from vllm_sparsek.config import SparseKConfig
 from vllm_sparsek.model_id import model_fingerprint
 from vllm_sparsek.scorers.learned import load_layer
 from vllm_sparsek.scorers.scorer_reader import ScorerReader
 from vllm_sparsek.serving_bench.progress import Progress
+from vllm_sparsek.training.budgets import LEAST_SHARE
 from vllm_sparsek.training.fit import FitSettings, fit
 from vllm_sparsek.training.objective import Split
 from vllm_sparsek.training.solve import SolveSettings
@@ -80,7 +83,13 @@ def test_a_fitted_file_serves_its_model_and_says_where_it_came_from(tiny, text, 
     with ScorerReader(str(out)) as file:
         assert file.header.features == ("key_unrotated", "key", "value")
         assert file.header.model == model_fingerprint(tiny)
-        assert file.tensor("layer_budgets", (2,)).mean() == pytest.approx(1)
+        shares = file.tensor("layer_budgets", (2, 2))
+    assert shares.mean() == pytest.approx(1)
+    assert shares.min() >= LEAST_SHARE
+    # what the backend makes of it: the nominal total
+    config = SparseKConfig(scorer_path=str(out), k=256)
+    split = split_budget(config.budget(32), read_shares(config, 2, 2), (), 4096)
+    assert sum(k for b in split for k, _ in b.heads or [(b.k, None)] * 2) == 4 * 256
     for layer in (0, 1):
         scorer = load_layer(str(out), layer, 2, 64)
         scores = scorer.score(*torch.randn(2, 5, 2, 64), torch.arange(5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from vllm_sparsek.training.budgets import (
     LEAST_SHARE,
     MOST_SHARE,
     POINTS,
+    STEPS,
     allocate,
     curve,
     measure_damage,
@@ -188,21 +190,54 @@ def test_a_fit_follows_from_its_seed():
 def test_a_curve_falls_from_everything_to_what_most_places_leave():
     _, targets, truth = planted()
     found = curve(truth, targets, 0.25, SPLIT)
-    assert found.shape == (POINTS,)
+    assert found.shape == (HEADS, POINTS)
     assert (found.diff() <= 1e-6).all()
     even = POINTS // int(MOST_SHARE)
-    recall, _ = kept_share(truth, targets, 0.25, SPLIT)
-    assert found[even].item() / found[0].item() == pytest.approx(1 - recall.item(), abs=0.02)
+    for head in range(HEADS):
+        own = Targets(targets.mass[:, :, head : head + 1], targets.answers[:, head : head + 1],
+                      SEGMENT)  # fmt: skip
+        recall, _ = kept_share(truth[head : head + 1], own, 0.25, SPLIT)
+        left = found[head, even] / found[head, 0]
+        assert left.item() == pytest.approx(1 - recall.item(), abs=0.02)
 
 
 def test_budgets_keep_their_total_and_go_where_damage_is():
     shape = 1 / torch.arange(1, POINTS + 1).double()
-    given = allocate(shape.repeat(4, 1), torch.tensor([1.0, 1.0, 1.0, 20.0]))
+    given = allocate(shape.repeat(4, 2, 1), torch.tensor([1.0, 1.0, 1.0, 20.0]))
+    assert given.shape == (4, 2)
     assert given.mean() == pytest.approx(1)
-    assert given[3] == given.max() > 1.5
+    assert (given[3] == given.max()).all()
+    assert given.max() > 1.5
     assert given.min() >= LEAST_SHARE
-    even = allocate(shape.repeat(4, 1), torch.ones(4))
+    even = allocate(shape.repeat(4, 2, 1), torch.ones(4))
     assert (even - 1).abs().max() <= 0.05
+
+
+def test_a_head_that_drops_more_gets_more_of_its_layer():
+    shape = 1 / torch.arange(1, POINTS + 1).double()
+    dropped = torch.stack([torch.stack([shape, 5 * shape, 0 * shape]), torch.stack([shape] * 3)])
+    given = allocate(dropped, torch.ones(2))
+    assert given.mean() == pytest.approx(1)
+    assert given[0, 1] > given[0, 0] > given[0, 2] == LEAST_SHARE
+    assert given.max() <= MOST_SHARE
+    # no other split of the total does less harm: a step less here and one more there
+    at = torch.linspace(0, MOST_SHARE, POINTS, dtype=torch.float64)
+    step = 1 / STEPS
+
+    def harm(shares):
+        right = torch.searchsorted(at, shares).clamp(1, POINTS - 1)
+        weight = (shares - at[right - 1]) / (at[right] - at[right - 1])
+        low, high = (dropped.gather(-1, i[..., None])[..., 0] for i in (right - 1, right))
+        per_layer = dropped[..., POINTS // int(MOST_SHARE)].sum(1)
+        return ((low * (1 - weight) + high * weight).sum(1) / per_layer).sum().item()
+
+    best = harm(given.double())
+    for giver, taker in itertools.permutations(range(6), 2):
+        other = given.double().flatten().clone()
+        other[giver] -= step
+        other[taker] += step
+        if other[giver] >= LEAST_SHARE and other[taker] <= MOST_SHARE:
+            assert harm(other.view(2, 3)) >= best - 1e-12
 
 
 def test_damage_is_the_divergence_of_running_with_one_sparse_layer(tmp_path):

@@ -32,6 +32,10 @@ Select = Callable[
 ]  # fmt: skip
 
 
+# of every part of ``Budget.by_heads``: cache rows [heads, m] and gates [heads, m] or None
+Kept = list[tuple[torch.Tensor, torch.Tensor | None]]
+
+
 @dataclass(frozen=True)
 class CpuDecodeRow:
     """One sparse decode row.
@@ -51,17 +55,20 @@ class CpuDecoder:
     """One layer's decode.
 
     Attributes:
-        budget: the budget; soft: see ``select``; scale: softmax scale.
+        kv_heads: H; budget: the budget; soft: see ``select``; scale: softmax scale.
         query_aware: every step selects by its own query.
     """
 
+    kv_heads: int
     budget: Budget
     soft: bool
     scale: float
     query_aware: bool
-    _kept: dict[tuple[int, bytes], tuple[torch.Tensor, torch.Tensor | None]] = field(
-        default_factory=dict
-    )
+    _kept: dict[tuple[int, bytes], Kept] = field(default_factory=dict)
+    _parts: list[tuple[slice, Budget]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._parts = self.budget.by_heads(self.kv_heads)
 
     def forward(
         self,
@@ -81,22 +88,24 @@ class CpuDecoder:
             rows: the rows; windows: window rows by row, filled by the first layer of a step.
         """
         used = {}
+        group = query.shape[1] // self.kv_heads
         for row in rows:
             found = None if self.query_aware else self._kept.get(row.key)
             if found is None:
                 found = self._select(query, kv_cache, select, block_table, row)
             if not self.query_aware:
                 used[row.key] = found
-            kept, gates = found
             window = windows.get(row.row)
             if window is None:
-                position = window_positions(
-                    kv_cache.shape[1], row.position, row.position, self.budget
-                )
+                position = window_positions(self.kv_heads, row.position, row.position, self.budget)
                 window = cache_rows(kv_cache, block_table[row.row], position)
                 windows[row.row] = window
-            index = torch.cat([kept, window], dim=1)
-            output[row.row] = attend_rows(query[row.row], kv_cache, index, gates, self.scale)
+            for (part, _), (kept, gates) in zip(self._parts, found, strict=True):
+                index = torch.cat([kept, window[part]], dim=1)
+                mine = slice(part.start * group, part.stop * group)
+                output[row.row, mine] = attend_rows(
+                    query[row.row, mine], kv_cache, index, gates, self.scale
+                )
         self._kept = used
 
     def _select(
@@ -106,15 +115,19 @@ class CpuDecoder:
         select: Select,
         block_table: torch.Tensor,
         row: CpuDecodeRow,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Kept:
         start = self.budget.selection_position(row.position)
-        shape = (1, kv_cache.shape[1], self.budget.units_kept(start))
+        shape = (1, self.kv_heads, self.budget.units_kept(start))
         units = torch.empty(shape, dtype=torch.int32)
         gates = torch.empty(shape, dtype=torch.float32) if self.soft else None
         select(
             query[row.row : row.row + 1], block_table, torch.tensor([row.row], dtype=torch.int32),
             torch.tensor([row.position], dtype=torch.int32), self.budget, units, gates,
         )  # fmt: skip
-        kept = kept_positions(units[0], row.position, row.position, self.budget)
-        rows = cache_rows(kv_cache, block_table[row.row], kept)
-        return rows, None if gates is None else kept_gates(gates[0], kept.shape[1], self.budget)
+        found: Kept = []
+        for part, own in self._parts:
+            kept = kept_positions(units[0, part], row.position, row.position, own)
+            rows = cache_rows(kv_cache, block_table[row.row], kept, part.start)
+            weights = None if gates is None else kept_gates(gates[0, part], kept.shape[1], own)
+            found.append((rows, weights))
+        return found

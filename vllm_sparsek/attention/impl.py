@@ -79,6 +79,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         )  # fmt: skip
         self.layer = -1
         self.always_dense = False
+        # of the whole model's KV heads, those of this rank
+        self.heads = slice(0, self.num_kv_heads)
         self._budgets: dict[int, tuple[Budget, Budget]] = {}
         self.scorer: Scorer | None = None
         self.score_cache: Any = None
@@ -97,11 +99,11 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         around = self._watch.stop() if self._watch is not None else None
         if self.always_dense or self.score_cache is not None:
             return
-        total, heads = compat.total_kv_heads(self.vllm_config, self.num_kv_heads)
+        total, self.heads = compat.total_kv_heads(self.vllm_config, self.num_kv_heads)
         device = layer._k_scale.device
         hidden_size = self.vllm_config.model_config.get_hidden_size()
         self.scorer = make_scorer(
-            self.config, self.layer, total, self.head_size, heads, device, hidden_size
+            self.config, self.layer, total, self.head_size, self.heads, device, hidden_size
         )
         if self.scorer.reads_hidden:
             projection = None if around is None else compat.query_projection(around)
@@ -120,6 +122,10 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             # before vLLM's own Triton kernels compile, too
             architecture.prepare(device)
             page = self.vllm_config.cache_config.block_size
+            # needs Triton; what it copies to the device is there before a graph is captured
+            from vllm_sparsek.kernels.common.device import budget_arguments
+
+            budget_arguments(self.budget(page), device)
             if not self.config.query_aware:
                 self.kept = self._kept_selections(page, device)
             self._workspace(page, device)
@@ -134,13 +140,13 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         return KeptSelections(rows, self.num_kv_heads, width, soft, device)
 
     def budget(self, page: int) -> Budget:
-        """What this layer's queries read, for KV blocks of ``page`` tokens."""
+        """What this layer's queries read of this rank's KV heads, for blocks of ``page`` tokens."""
         return self._own_and_largest(page)[0]
 
     def _own_and_largest(self, page: int) -> tuple[Budget, Budget]:
         if page not in self._budgets:
             self._budgets[page] = (
-                layer_budget(self.vllm_config, page, self.layer),
+                layer_budget(self.vllm_config, page, self.layer).of_heads(self.heads),
                 largest_budget(self.vllm_config, page, self.max_model_len),
             )
         return self._budgets[page]
@@ -328,8 +334,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
     ) -> None:
         if self.cpu_decoder is None:
             self.cpu_decoder = CpuDecoder(
-                self.budget(kv_cache.shape[2]), self.config.mode == "soft_v", self.scale,
-                self.config.query_aware,
+                self.num_kv_heads, self.budget(kv_cache.shape[2]), self.config.mode == "soft_v",
+                self.scale, self.config.query_aware,
             )  # fmt: skip
         self.cpu_decoder.forward(
             query, kv_cache, self._select, m.block_table, m.cpu_rows, m.cpu_windows, output

@@ -1,34 +1,37 @@
-"""Budgets per layer: some layers need more of the context than others, at an equal total."""
+"""Budgets per layer and KV head: some need more of the context than others, at an equal total."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 from vllm_sparsek.config import SparseKConfig
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.scorers.scorer_file import ScorerFileError
 from vllm_sparsek.scorers.scorer_reader import ScorerReader
 
-# budgets of layers are multiples of it, in tokens
+# budgets are multiples of it, in tokens
 STEP = 16
 
+# of every layer: one share, or one a KV head; 0 for layers that are not sparse
+Shares = tuple[tuple[float, ...], ...]
 
-def read_shares(config: SparseKConfig, num_layers: int) -> tuple[float, ...] | None:
+
+def read_shares(config: SparseKConfig, num_layers: int, num_kv_heads: int) -> Shares | None:
     """``layer_budgets`` of the scorer's file.
 
     Args:
         config: the settings; names the file.
-        num_layers: layers of the whole model.
+        num_layers, num_kv_heads: of the whole model.
 
     Returns:
-        One share per layer, 0 for layers that are not sparse; None if every layer has the
-        same budget: no such tensor, no such scorer, or ``layer_budgets=uniform``.
+        The shares; None if every layer and head has the same budget: no such tensor, no such
+        scorer, or ``layer_budgets=uniform``.
 
     Raises:
-        ScorerFileError: another number of layers, a negative share, no share that counts.
+        ScorerFileError: another number of layers or heads, a negative share, heads of a layer of
+            which only some have a share, no share that counts.
     """
     if config.scorer_name != "learned" or config.layer_budgets == "uniform":
         return None
@@ -36,44 +39,59 @@ def read_shares(config: SparseKConfig, num_layers: int) -> tuple[float, ...] | N
     with ScorerReader(config.scorer_path) as file:
         if "layer_budgets" not in file.names:
             return None
-        shares = tuple(file.tensor("layer_budgets", (num_layers,)).tolist())
-    sparse = [share for layer, share in enumerate(shares) if layer not in config.dense_layers]
-    if min(shares) < 0 or not any(sparse):
+        by_head = len(file.shape("layer_budgets")) == 2
+        shape = (num_layers, num_kv_heads) if by_head else (num_layers,)
+        found = file.tensor("layer_budgets", shape).view(num_layers, -1)
+    shares = tuple(map(tuple, found.tolist()))
+    sparse = [heads for layer, heads in enumerate(shares) if layer not in config.dense_layers]
+    if found.min() < 0 or not any(map(any, sparse)):
         raise ScorerFileError(
             f"sparsek: {config.scorer_path}: layer_budgets must not be negative, nor 0 for every "
             "sparse layer; layer_budgets=uniform ignores them."
         )
+    for layer, heads in enumerate(shares):
+        if any(heads) != all(heads):
+            raise ScorerFileError(
+                f"sparsek: {config.scorer_path}: layer_budgets is 0 for some KV heads of layer "
+                f"{layer} but not for all; layer_budgets=uniform ignores them."
+            )
     return shares
 
 
 @functools.lru_cache(maxsize=64)
 def split_budget(
-    budget: Budget, shares: tuple[float, ...], dense_layers: Collection[int], longest: int
+    budget: Budget, shares: Shares, dense_layers: Collection[int], longest: int
 ) -> tuple[Budget | None, ...]:
     """The budget of every layer, None for layers that have no share or are dense.
 
-    ``k`` tokens become multiples of 16 (at page granularity: whole pages), at least one of
-    them, and the sparse layers' total is the nominal one rounded to such a multiple. A ``k``
-    given as a share of the context is scaled; its floor is split as a number is. What would go
-    beyond the whole context in one layer goes to the others.
+    ``k`` tokens of a head (of all heads of a layer with one share) become multiples of 16 (at
+    page granularity: whole pages), at least one of them, and the sparse layers' total is the
+    nominal one rounded to such a multiple. A ``k`` given as a share of the context is scaled; its
+    floor is split as a number is. What would go beyond the whole context in one head goes to the
+    others.
 
     Args:
-        budget: what every layer would get under equal shares.
-        shares: relative shares of all layers.
+        budget: what every layer and head would get under equal shares.
+        shares: relative shares of all layers, all with one share or all with one a KV head.
         dense_layers: layers whose share does not count.
         longest: tokens of the longest context.
     """
-    layers = [i for i, share in enumerate(shares) if share > 0 and i not in dense_layers]
-    mean = sum(shares[i] for i in layers) / len(layers)
-    relative = [shares[i] / mean for i in layers]
+    layers = [i for i, heads in enumerate(shares) if heads[0] > 0 and i not in dense_layers]
+    flat = [share for i in layers for share in shares[i]]
+    mean = sum(flat) / len(flat)
+    relative = [share / mean for share in flat]
     step = STEP if budget.unit == 1 else budget.unit
     nominal = -(-budget.k // budget.unit) * budget.unit
     tokens = split(nominal, capped(relative, longest / nominal), step)
     of_context = capped(relative, 1 / (budget.k_share or 1.0))
+    numbers = [
+        (k, None if budget.k_share is None else min(1.0, budget.k_share * share))
+        for share, k in zip(of_context, tokens, strict=True)
+    ]
     found: list[Budget | None] = [None] * len(shares)
-    for i, share, k in zip(layers, of_context, tokens, strict=True):
-        k_share = None if budget.k_share is None else min(1.0, budget.k_share * share)
-        found[i] = replace(budget, k=k, k_share=k_share)
+    for at, i in enumerate(layers):
+        heads = len(shares[i])
+        found[i] = budget.with_heads(numbers[at * heads : (at + 1) * heads])
     return tuple(found)
 
 

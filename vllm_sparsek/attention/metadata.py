@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sparsek import compat
 from vllm_sparsek.attention.cpu_decode import CpuDecodeRow
-from vllm_sparsek.attention.settings import settings_of
+from vllm_sparsek.attention.settings import layer_budget, settings_of
 from vllm_sparsek.kernels.common.budget import mean_tokens_attended
 from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.metrics import StepCounters
@@ -116,7 +116,9 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         always_dense = sum(layer.impl.always_dense for layer in layers.values())
         # the nominal budget decides which rows are sparse; how much is kept is up to the layers
         self.layer_budgets = [
-            layer.impl.budget(self.page) for layer in layers.values() if not layer.impl.always_dense
+            layer_budget(vllm_config, self.page, layer.impl.layer)
+            for layer in layers.values()
+            if not layer.impl.always_dense
         ]
         if len(set(self.layer_budgets)) < 2:
             self.layer_budgets = self.layer_budgets[:1] or [self.budget]

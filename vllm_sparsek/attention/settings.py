@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_sparsek import compat
-from vllm_sparsek.attention.layer_budgets import read_shares, split_budget
+from vllm_sparsek.attention.layer_budgets import Shares, read_shares, split_budget
 from vllm_sparsek.attention.support import refuse_unsupported_with_hidden
 from vllm_sparsek.config import SparseKConfig
 from vllm_sparsek.kernels.common.budget import Budget
@@ -21,7 +21,7 @@ from vllm_sparsek.scorers.scorer_reader import ScorerReader
 logger = init_logger("vllm.sparsek")
 
 _current: dict[str, tuple[SparseKConfig, int]] = {}
-_shares: dict[str, tuple[float, ...] | None] = {}
+_shares: dict[str, Shares | None] = {}
 
 
 def resolve_settings(vllm_config: VllmConfig) -> SparseKConfig:
@@ -57,7 +57,7 @@ def check_scorer(vllm_config: VllmConfig, config: SparseKConfig) -> None:
     if config.scorer_name != "learned":
         return
     assert config.scorer_path is not None
-    read_shares(config, vllm_config.model_config.get_total_num_hidden_layers())
+    _read_shares(vllm_config, config)
     with ScorerReader(config.scorer_path) as file:
         fitted_to, features = file.header.model, file.header.features
     if "hidden" in features:
@@ -117,6 +117,8 @@ def reads_hidden(vllm_config: VllmConfig) -> bool:
 def layer_budget(vllm_config: VllmConfig, page: int, layer: int) -> Budget:
     """What queries of a layer that is not dense read, for KV blocks of ``page`` tokens.
 
+    It is that of all KV heads of the model, before tensor parallelism.
+
     Raises:
         ScorerFileError: the scorer's ``layer_budgets`` leave the layer nothing.
     """
@@ -133,9 +135,14 @@ def layer_budget(vllm_config: VllmConfig, page: int, layer: int) -> Budget:
 
 
 def largest_budget(vllm_config: VllmConfig, page: int, limit: int) -> Budget:
-    """The budget of the layer that keeps most of contexts up to ``limit`` tokens."""
+    """The budget of the layer with the head that keeps most of contexts up to ``limit`` tokens."""
     budgets = _layer_budgets(vllm_config, page) or (settings_of(vllm_config).budget(page),)
     return max(filter(None, budgets), key=lambda budget: budget.max_units(limit))
+
+
+def _read_shares(vllm_config: VllmConfig, config: SparseKConfig) -> Shares | None:
+    model = vllm_config.model_config
+    return read_shares(config, model.get_total_num_hidden_layers(), model.get_total_num_kv_heads())
 
 
 def _layer_budgets(vllm_config: VllmConfig, page: int) -> tuple[Budget | None, ...]:
@@ -143,7 +150,7 @@ def _layer_budgets(vllm_config: VllmConfig, page: int) -> tuple[Budget | None, .
     config, key = settings_of(vllm_config), vllm_config.instance_id
     if key not in _shares:
         _shares.clear()
-        _shares[key] = read_shares(config, vllm_config.model_config.get_total_num_hidden_layers())
+        _shares[key] = _read_shares(vllm_config, config)
     shares = _shares[key]
     if not shares:
         return ()

@@ -13,8 +13,9 @@ dtype; float32 is what ``save_scorer`` writes. Two tensors belong to the whole f
 
     inv_freq [rot / 2]             rotation per position of every pair of key components, as the
                                    model's rotary embedding has it; needed by ``key_unrotated``
-    layer_budgets [layers]         share of the budget that every layer gets, relative to the
-                                   others; 0 for layers that are not sparse            (optional)
+    layer_budgets [layers, H]      share of the budget that every KV head gets, relative to all
+                                   others of the model; 0 for all heads of a layer that is not
+                                   sparse. [layers]: one share for all heads of a layer (optional)
 
 Metadata (strings):
 
@@ -145,7 +146,7 @@ class ScorerFile:
         header: kind, features and so on.
         layers: layer index -> its tensors by their names after ``layers.{i}.``.
         inv_freq: [rot / 2], needed by ``key_unrotated``.
-        layer_budgets: [layers] relative shares, or None.
+        layer_budgets: [layers, H] or [layers] relative shares, or None.
         data: what it was fitted on.
         seed: seed of the fit, or None if nothing was drawn.
         extra: more metadata to record, for people.

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps of gradient descent a layer after the closed form (default: 60)",
     )  # fmt: skip
     parser.add_argument(
-        "--uniform-layers", action="store_true", help="give every layer the same budget"
+        "--uniform-layers", action="store_true", help="give every layer and KV head the same budget"
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")

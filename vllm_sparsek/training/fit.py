@@ -32,6 +32,8 @@ from vllm_sparsek.training.store import Store
 # recall is reported, and budgets are split, at this share of the context
 SHARE = 0.25
 REFRESH = 64
+# of the finished steps' tensors: an earlier version's are not gone on with
+STEPS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class FitSettings:
         window_tokens, windows: length and number of the training windows, two of them held out.
         features: see ``scorers.scorer_file``; ``key_unrotated`` is left out of models whose
             rotary embedding is not one table for all layers.
-        layer_budgets: also split the budget over the layers.
+        layer_budgets: also split the budget over the layers and their KV heads.
         device: where the model runs.
         solve: how a layer is fitted.
     """
@@ -92,7 +94,9 @@ def fit(settings: FitSettings, out: Path, progress: Progress) -> list[LayerRepor
     """
     texts = read_texts([Path(p) for p in settings.data]) or [standard_library()]
     source, fingerprint = digest(texts), model_fingerprint(settings.model)
-    record = {**asdict(settings), "data": source, "model": fingerprint}
+    record = {
+        **asdict(settings), "data": source, "model": fingerprint, "steps_version": STEPS_VERSION,
+    }  # fmt: skip
     store = Store(out.with_name(f".{out.name}.work"), record)
     if store.resumed:
         progress.say("going on where an earlier fit with the same settings stopped")
@@ -241,18 +245,20 @@ class _Run:
         self.store.write(f"layer-{layer}", {**scorer.tensors(), "curve": dropping}, asdict(report))
 
     def split_budget(self) -> torch.Tensor:
-        """Relative budgets of all layers of the model, 0 for those that are not sparse."""
+        """Relative budgets [layers, H] of the model, 0 for layers that are not sparse."""
         if not self.store.has("damage"):
             with self.progress.task(f"measure {len(self.layers)} layers' damage") as tick:
                 damage = self._damage(tick)
                 self.store.write("damage", {"damage": torch.tensor(damage)})
         curves = torch.stack([self.store.read(f"layer-{layer}")["curve"] for layer in self.layers])
         given = allocate(curves, self.store.read("damage")["damage"])
-        shares = torch.zeros(self.model.config.get_text_config().num_hidden_layers)
+        layers = self.model.config.get_text_config().num_hidden_layers
+        shares = torch.zeros(layers, given.shape[1])
         shares[self.layers] = given
-        self.progress.say(
-            "budget by layer: " + " ".join(f"{share:.2f}" for share in shares.tolist())
-        )
+        for layer, heads in enumerate(shares.tolist()):
+            self.progress.say(
+                f"layer {layer}: budget by KV head " + " ".join(f"{share:.2f}" for share in heads)
+            )
         return shares
 
     def _damage(self, tick: Callable[[], None]) -> list[float]:
@@ -281,7 +287,7 @@ class _Run:
         )
 
     def scorer_file(self, shares: torch.Tensor | None = None) -> ScorerFile:
-        """Everything fitted so far, as the file holds it; shares: of the budget, by layer."""
+        """Everything fitted so far, as the file holds it; shares: of the budget, [layers, H]."""
         layers = {layer: self.store.read(f"layer-{layer}") for layer in self.layers}
         for tensors in layers.values():
             del tensors["curve"]

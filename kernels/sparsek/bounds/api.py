@@ -86,6 +86,8 @@ def select_by_query(
     check_shape("item_row", item_row, (items,))
     check_shape("item_position", item_position, (items,))
     check_shape("units_out", units_out, (items, heads, units_out.shape[2]))
+    if budget.heads:
+        raise ValueError("budget.heads: selection by the query keeps equally much in all KV heads")
     if query_heads % heads:
         raise ValueError(f"query has {query_heads} heads, not a multiple of the {heads} KV heads")
     module = implementation("bounds", impl, device)

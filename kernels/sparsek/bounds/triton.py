@@ -183,7 +183,7 @@ def select_by_query(
     tiles = tile_sizes(head_dim, group, query.element_size())
     score_units_fwd_kernel[(items, heads, triton.cdiv(unit_scores.shape[2], tiles["BLOCK"]))](
         query, bounds, block_table, item_row, item_position, unit_scores,
-        *budget_arguments(budget), units_out.shape[2],
+        *budget_arguments(budget, query.device), units_out.shape[2],
         query.stride(0), query.stride(1), *bounds.stride()[:4], block_table.stride(0),
         unit_scores.stride(0), unit_scores.stride(1),
         G=group, D=head_dim, PER_BLOCK=per_block, UNIT=budget.unit, **tiles, num_warps=4,

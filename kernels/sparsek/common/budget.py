@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,9 @@ class Budget:
         sinks: tokens at the start that are always read.
         refresh: R, the number of query positions that share one selection.
         unit: tokens per competing unit.
+        heads: ``(k, k_share)`` of every KV head where they differ, else empty; see
+            ``with_heads``. ``k`` and ``k_share`` are then the largest of them, and every rule
+            below speaks of the head that keeps most.
     """
 
     k: int
@@ -39,6 +42,28 @@ class Budget:
     refresh: int
     unit: int = 1
     k_share: float | None = None
+    heads: tuple[tuple[int, float | None], ...] = ()
+
+    def with_heads(self, heads: Sequence[tuple[int, float | None]]) -> Budget:
+        """The same budget with ``(k, k_share)`` of its own for every KV head."""
+        shares = [share for _, share in heads if share is not None]
+        return replace(
+            self,
+            k=max(k for k, _ in heads),
+            k_share=max(shares, default=None),
+            heads=tuple(heads) if len(set(heads)) > 1 else (),
+        )
+
+    def of_heads(self, part: slice) -> Budget:
+        """The budget of some of the KV heads, as if there were no others."""
+        return self.with_heads(self.heads[part]) if self.heads else self
+
+    def by_heads(self, count: int) -> list[tuple[slice, Budget]]:
+        """``count`` KV heads as slices whose heads keep equally much, each with its budget."""
+        if not self.heads:
+            return [(slice(0, count), self)]
+        parts = [slice(head, head + 1) for head in range(count)]
+        return [(part, self.of_heads(part)) for part in parts]
 
     def tokens_kept(self, position: int) -> int:
         """Tokens outside sinks and window that the selection made at ``position`` keeps."""
@@ -106,10 +131,10 @@ class Budget:
 
 
 def mean_tokens_attended(budgets: Sequence[Budget], positions: np.ndarray) -> np.ndarray:
-    """``tokens_attended`` of many queries, averaged over layers.
+    """``tokens_attended`` of many queries, averaged over layers and their KV heads.
 
     Args:
-        budgets: the layers' budgets, which differ in ``k`` and ``k_share`` alone.
+        budgets: the layers' budgets, which differ in ``k``, ``k_share`` and ``heads`` alone.
         positions: [n] int64, positions of queries that select.
 
     Returns:
@@ -118,10 +143,12 @@ def mean_tokens_attended(budgets: Sequence[Budget], positions: np.ndarray) -> np
     b = budgets[0]
     # what a query leaves out depends on its refresh block alone
     start, block = np.unique(positions // b.refresh * b.refresh, return_inverse=True)
-    k = np.array([[budget.k] for budget in budgets])
-    share = np.array([[budget.k_share or 0.0] for budget in budgets])
-    kept_tokens = np.maximum(k, np.ceil(share * (start + 1))).astype(np.int64)  # [layers, blocks]
+    layers = [budget.heads or ((budget.k, budget.k_share),) for budget in budgets]
+    k = np.array([[k] for heads in layers for k, _ in heads])
+    share = np.array([[share or 0.0] for heads in layers for _, share in heads])
+    weight = np.array([1 / len(heads) for heads in layers for _ in heads])
+    kept_tokens = np.maximum(k, np.ceil(share * (start + 1))).astype(np.int64)  # [heads, blocks]
     first = b.first_unit()
     competing = np.maximum(first, (start - b.window + 1) // b.unit) - first
     left_out = competing - np.minimum(-(-kept_tokens // b.unit), competing)
-    return positions + 1 - left_out.mean(0)[block] * b.unit
+    return positions + 1 - np.average(left_out, axis=0, weights=weight)[block] * b.unit

@@ -24,6 +24,19 @@ WARP_SIZE = 32
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}
 
 
+def of_heads(
+    case: tuple[Any, str, dict[str, Any], dict[str, int]],
+) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
+    """The case for budgets whose KV heads differ: ``k`` and ``share_bits`` are pointers."""
+    kernel, types, constexprs, options = case
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    listed = [
+        f"*{kind}" if name in ("k", "share_bits") else kind
+        for name, kind in zip(names, types.split(), strict=True)
+    ]
+    return kernel, " ".join(listed), constexprs, options
+
+
 def compile_cases(
     capability: int,
 ) -> Iterator[tuple[str, tuple[Any, str, dict[str, Any], dict[str, int]]]]:

@@ -1,7 +1,8 @@
 """Device code that two kernels share: the budget's integer rules and the list a query reads.
 
 Budgets reach a kernel as five scalars (see ``budget_arguments``): ``first_unit``, ``window``,
-``refresh``, ``k`` and ``share_bits``; the unit is a constexpr.
+``refresh``, ``k`` and ``share_bits``; the unit is a constexpr. Where KV heads differ, the last two
+are pointers to one number a head (see ``of_head``).
 """
 
 from __future__ import annotations
@@ -19,17 +20,38 @@ from vllm_sparsek.kernels.common.budget import Budget
 BUDGET_SCALARS = ["first_unit", "window", "refresh", "k", "share_bits"]
 MIN_BLOCK_M = 16  # the smallest tile tl.dot takes
 
+# of a budget, or one a KV head
+Number = int | torch.Tensor
+
 
 @functools.lru_cache(maxsize=1024)
-def budget_arguments(budget: Budget) -> tuple[int, int, int, int, int]:
+def budget_arguments(budget: Budget, device: torch.device) -> tuple[int, int, int, Number, Number]:
     """``budget`` as kernel arguments: (first_unit, window, refresh, k, share_bits).
 
     ``share_bits`` are the bits of the float64 ``k_share`` (0 without one): Triton passes a
-    Python float as float32, which would round ``ceil(share * n)`` differently.
+    Python float as float32, which would round ``ceil(share * n)`` differently. With
+    ``budget.heads``, ``k`` is [H] int32 and ``share_bits`` [H] int64 on ``device``; the first call
+    copies them there, which a CUDA graph must not capture.
     """
-    share = 0.0 if budget.k_share is None else budget.k_share
-    (share_bits,) = struct.unpack("<q", struct.pack("<d", share))
-    return budget.first_unit(), budget.window, budget.refresh, budget.k, share_bits
+    numbers: tuple[Number, Number] = budget.k, _share_bits(budget.k_share)
+    if budget.heads:
+        numbers = _head_numbers(budget.heads, device)
+    return budget.first_unit(), budget.window, budget.refresh, *numbers
+
+
+# captured graphs hold these addresses: they are never given up
+@functools.cache
+def _head_numbers(
+    heads: tuple[tuple[int, float | None], ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    k = torch.tensor([k for k, _ in heads], dtype=torch.int32, device=device)
+    share_bits = [_share_bits(share) for _, share in heads]
+    return k, torch.tensor(share_bits, dtype=torch.int64, device=device)
+
+
+def _share_bits(share: float | None) -> int:
+    (bits,) = struct.unpack("<q", struct.pack("<d", share or 0.0))
+    return int(bits)
 
 
 def page_argument(page: int, columns: int) -> int:
@@ -54,6 +76,14 @@ def slots_per_block(cache: torch.Tensor) -> int | None:
     """
     block, _, token, _ = cache.stride()
     return block // token if token and block % token == 0 else None
+
+
+@triton.jit
+def of_head(number, i_h):
+    """``number`` of a budget, or that of KV head ``i_h`` where it points to one a head."""
+    if number.dtype.is_ptr():
+        number = tl.load(number + i_h)
+    return number
 
 
 @triton.jit

@@ -116,12 +116,22 @@ def token_table(cache: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]
     return cache.as_strided((total, cache.shape[3]), (unit, 1)), (block, head, token)
 
 
-def cache_rows(cache: torch.Tensor, blocks: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Rows of ``token_table`` of one request's tokens: positions [H, m] -> [H, m] int64."""
-    heads, page = cache.shape[1:3]
+def cache_rows(
+    cache: torch.Tensor, blocks: torch.Tensor, position: torch.Tensor, first_head: int = 0
+) -> torch.Tensor:
+    """Rows of ``token_table`` of one request's tokens.
+
+    Args:
+        cache: [num_blocks, H, page, width]; blocks: [max_blocks] int32.
+        position: [heads, m] token positions of the KV heads from ``first_head`` on.
+
+    Returns:
+        [heads, m] int64.
+    """
+    page = cache.shape[2]
     _, (block, head, token) = token_table(cache)
     index = blocks[position // page].long() * block + position % page * token
-    return index + torch.arange(heads)[:, None] * head
+    return index + (first_head + torch.arange(position.shape[0]))[:, None] * head
 
 
 def take_rows(cache: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -37,6 +37,12 @@ def kernel_takes(query: torch.Tensor, cache: torch.Tensor) -> tuple[bool, str]:
     return True, ""
 
 
+def check_heads(budget: Budget, heads: int) -> None:
+    """Refuse a budget of KV heads that are not as many as there are: ValueError."""
+    if budget.heads and len(budget.heads) != heads:
+        raise ValueError(f"budget.heads is of {len(budget.heads)} KV heads, there are {heads}")
+
+
 def check_attention(
     query: torch.Tensor,
     caches: Mapping[str, torch.Tensor],
@@ -81,6 +87,7 @@ def check_attention(
     _, heads, page, _ = first.shape
     if query_heads % heads:
         raise ValueError(f"query has {query_heads} heads, not a multiple of the {heads} KV heads")
+    check_heads(budget, heads)
     # a row that is one block has no page borders
     if block_table.shape[1] > 1 and budget.unit % page and page % budget.unit:
         raise ValueError(f"budget.unit {budget.unit} and the page of {name} {page} do not nest")

@@ -61,6 +61,16 @@ def decode(
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """See ``reference.decode``."""
+    if budget.heads:
+        group = query.shape[1] // kv_cache.shape[1]
+        for part, own in budget.by_heads(kv_cache.shape[1]):
+            mine = slice(part.start * group, part.stop * group)
+            decode(
+                query[:, mine], kv_cache[:, part], block_table, item_row, item_position,
+                units[:, part], None if gates is None else gates[:, part], own, scale,
+                out[:, mine], kv_scales,
+            )  # fmt: skip
+        return
     for item, (row, position) in enumerate(
         zip(item_row.tolist(), item_position.tolist(), strict=True)
     ):

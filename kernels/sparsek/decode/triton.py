@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.compile_targets import of_heads
 from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,
     MIN_BLOCK_M,
@@ -16,6 +18,7 @@ from vllm_sparsek.kernels.common.device import (
     list_bounds,
     list_gates,
     list_positions,
+    of_head,
     slots_per_block,
     softmax_step,
     token_offsets,
@@ -68,6 +71,7 @@ def decode_fwd_kernel(
 ):
     """One split of the list of one (item, KV head), for all G query heads of that KV head."""
     i_i, i_h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    k, share_bits = of_head(k, i_h), of_head(share_bits, i_h)
     row = tl.load(item_row_ptr + i_i)
     if row < 0:
         return
@@ -149,6 +153,7 @@ def reduce_fwd_kernel(
     splits,
     stride_out_item,
     stride_out_head,
+    G: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     UNIT: tl.constexpr,
@@ -156,6 +161,7 @@ def reduce_fwd_kernel(
 ):
     """Combine the splits of one (item, query head)."""
     i_i, i_q = tl.program_id(0), tl.program_id(1)
+    k, share_bits = of_head(k, i_q // G), of_head(share_bits, i_q // G)
     if tl.load(item_row_ptr + i_i) < 0:
         return
     position = tl.load(item_position_ptr + i_i)
@@ -226,7 +232,7 @@ def decode(
         )
     splits, split_tokens = split_sizes(max_tokens)
     acc, stats = workspace
-    scalars = (*budget_arguments(budget), units.shape[2])
+    scalars = (*budget_arguments(budget, query.device), units.shape[2])
     tiles = tile_sizes(head_dim, group, query.element_size())
     decode_fwd_kernel[(items, heads, splits)](
         query, kv_cache, block_table, item_row, item_position,
@@ -241,31 +247,39 @@ def decode(
     reduce_fwd_kernel[(items, query_heads)](
         acc, stats, item_row, item_position, out, *scalars, split_tokens, splits,
         out.stride(0), out.stride(1),
-        D=head_dim, D_PAD=tiles["D_PAD"], UNIT=budget.unit,
+        G=group, D=head_dim, D_PAD=tiles["D_PAD"], UNIT=budget.unit,
         SPLITS_PAD=triton.next_power_of_2(splits), num_warps=4,
     )  # fmt: skip
 
 
-# (kernel, argument types, constexprs, options); see common/compile_targets.py
+def compile_case(
+    dtype: str, cache: str, group: int, head_dim: int, page: int, unit: int, soft: bool
+) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
+    """One variant of ``decode_fwd_kernel``, as ``common/compile_targets.py`` takes it."""
+    constexprs = {
+        "G": group, "D": head_dim, "PAGE": page, "UNIT": unit, "SOFT": soft,
+        "FP8": cache == "fp8e4nv", "SPLIT": SPLIT_TOKENS, **tile_sizes(head_dim, group, 2),
+    }  # fmt: skip
+    types = (
+        f"*{dtype} *{cache} *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 *fp32 fp32 "
+        "i32 i32 i32 i32 i64 i32 i32 i64 i32 i32 i32 i32 i32 i32 i32"
+    )
+    return decode_fwd_kernel, types, constexprs, OPTIONS
+
+
+def reduce_case(
+    group: int, head_dim: int, head_dim_pad: int
+) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
+    """One variant of ``reduce_fwd_kernel``."""
+    constexprs = {"G": group, "D": head_dim, "D_PAD": head_dim_pad, "UNIT": 1, "SPLITS_PAD": 16}
+    types = "*fp32 *fp32 *i32 *i32 *bf16 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32"
+    return reduce_fwd_kernel, types, constexprs, {"num_warps": 4}
+
+
 COMPILE_CASES = [
     *(
-        (
-            decode_fwd_kernel,
-            f"*{dtype} *{cache} *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 *fp32 fp32 "
-            "i32 i32 i32 i32 i64 i32 i32 i64 i32 i32 i32 i32 i32 i32 i32",
-            {
-                "G": group,
-                "D": head_dim,
-                "PAGE": page,
-                "UNIT": unit,
-                "SOFT": soft,
-                "FP8": cache == "fp8e4nv",
-                "SPLIT": SPLIT_TOKENS,
-                **tile_sizes(head_dim, group, 2),
-            },
-            OPTIONS,
-        )
-        for dtype, cache, group, head_dim, page, unit, soft in [
+        compile_case(*case)
+        for case in [
             ("bf16", "bf16", 4, 128, 16, 1, False),
             ("bf16", "bf16", 4, 128, 16, 16, False),
             ("fp16", "fp16", 7, 80, 32, 1, True),
@@ -273,10 +287,7 @@ COMPILE_CASES = [
             ("bf16", "fp8e4nv", 4, 128, 16, 1, False),
         ]
     ),
-    (
-        reduce_fwd_kernel,
-        "*fp32 *fp32 *i32 *i32 *bf16 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32",
-        {"D": 80, "D_PAD": 128, "UNIT": 1, "SPLITS_PAD": 16},
-        {"num_warps": 4},
-    ),
+    of_heads(compile_case("bf16", "bf16", 4, 128, 32, 1, False)),
+    reduce_case(7, 80, 128),
+    of_heads(reduce_case(4, 128, 128)),
 ]

@@ -35,6 +35,16 @@ def prefill(
 ) -> None:
     """See ``reference.prefill``."""
     heads, head_dim = key_cache.shape[1], query.shape[-1]
+    if budget.heads:
+        group = query.shape[2] // heads
+        for part, own in budget.by_heads(heads):
+            mine = slice(part.start * group, part.stop * group)
+            prefill(
+                query[:, :, mine], key_cache[:, part], value_cache[:, part], block_table, item_row,
+                item_position, item_query_start, item_query_len, units[:, part],
+                None if gates is None else gates[:, part], own, scale, out[:, :, mine], kv_scales,
+            )  # fmt: skip
+        return
     same_rows = key_cache.stride() == value_cache.stride()
     k_scale, v_scale = scale_numbers(kv_scales)
     for item, (row, first, start, length) in enumerate(

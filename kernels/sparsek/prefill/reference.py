@@ -85,7 +85,7 @@ def brute_force(
                 beaten = sum(
                     1 for o in left if scores[o, head] > u or (scores[o, head] == u and o < j)
                 )
-                if beaten < budget.tokens_kept(at):
+                if beaten < budget.of_heads(slice(head, head + 1)).tokens_kept(at):
                     seen.append(j)
             seen += [j for j in range(budget.sinks, i + 1) if at - j < budget.window]
             weights = torch.softmax(key[seen, head] @ query[i, q_head] * scale, dim=0)

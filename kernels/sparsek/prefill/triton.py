@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.compile_targets import of_heads
 from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,
     MIN_BLOCK_M,
@@ -17,6 +18,7 @@ from vllm_sparsek.kernels.common.device import (
     list_bounds,
     list_gates,
     list_positions,
+    of_head,
     page_argument,
     slots_per_block,
     softmax_step,
@@ -58,6 +60,7 @@ def lists_fwd_kernel(
     A list is filled up with the item's first query, so that whole tiles can be loaded.
     """
     i_i, i_h = tl.program_id(0), tl.program_id(1)
+    k, share_bits = of_head(k, i_h), of_head(share_bits, i_h)
     row = tl.load(item_row_ptr + i_i)
     position = tl.load(item_position_ptr + i_i)
     sinks, kept, window_start, total = list_bounds(
@@ -152,6 +155,7 @@ def prefill_fwd_kernel(
 ):
     """BLOCK_M (query, head) pairs of one (item, KV head); the heads of a query lie together."""
     i_i, i_h, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    k, share_bits = of_head(k, i_h), of_head(share_bits, i_h)
     row = tl.load(item_row_ptr + i_i)
     queries = tl.load(item_query_len_ptr + i_i)
     if (row < 0) | (i_m * BLOCK_M >= queries * G):
@@ -290,7 +294,7 @@ def list_slots(
     slots = torch.empty((items, heads, width), dtype=torch.int32, device=units.device)
     lists_fwd_kernel[(items, heads, triton.cdiv(width, LIST_BLOCK))](
         block_table, item_row, item_position, item_query_len, units, slots,
-        *budget_arguments(budget), max_units, width, per_block,
+        *budget_arguments(budget, units.device), max_units, width, per_block,
         block_table.stride(0), units.stride(0), units.stride(1),
         PAGE=page, UNIT=budget.unit, BLOCK=LIST_BLOCK, num_warps=4,
     )  # fmt: skip
@@ -337,8 +341,8 @@ def prefill(
         query, key_cache, value_cache, slots, item_row, item_position, item_query_start,
         item_query_len, units, units if gates is None else gates,
         *(kv_scales or (units, units)), out,
-        scale * math.log2(math.e), *budget_arguments(budget), units.shape[2], slots.shape[2],
-        *query.stride()[:3], *key_cache.stride()[1:3], *value_cache.stride()[1:3],
+        scale * math.log2(math.e), *budget_arguments(budget, query.device), units.shape[2],
+        slots.shape[2], *query.stride()[:3], *key_cache.stride()[1:3], *value_cache.stride()[1:3],
         units.stride(0), units.stride(1), *out.stride()[:3],
         G=group, D=head_dim, UNIT=budget.unit, SOFT=gates is not None,
         FP8=kv_scales is not None,
@@ -389,5 +393,7 @@ COMPILE_CASES = [
         ]
     ),
     *(lists_case(*case) for case in [(16, 1), (16, 16), (0, 1), (0, 16)]),
+    of_heads(compile_case("bf16", "bf16", 8, 128, 1, 64, False)),
+    of_heads(lists_case(32, 1)),
     ITEMS_CASE,
 ]

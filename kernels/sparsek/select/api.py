@@ -11,6 +11,7 @@ from vllm_sparsek.kernels.common.dispatch import (
     implementation,
     require,
 )
+from vllm_sparsek.kernels.common.validate import check_heads
 from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.kernels.select.memo import SelectionMemo
 
@@ -43,7 +44,7 @@ def select(
         pooling: how token scores become page scores (lse, max, mean).
         soft: also write the value weights of mode ``soft_v``.
         units_out: [items, H, K] int32, contiguous; written: ascending unit indices, padded
-            with -1. K is at least what any item keeps (``budget.max_units``).
+            with -1. K is at least what any item and head keeps (``budget.max_units``).
         gates_out: [items, H, K] float32 of the same strides, needed if ``soft``; written:
             clip(u - tau, 0, 1) of every kept unit, 0 in the padding.
         impl: auto, triton, cpu or reference.
@@ -63,6 +64,7 @@ def select(
     check_tensor("units_out", units_out, 3, torch.int32, device)
     check_shape("item_position", item_position, tuple(item_row.shape))
     check_shape("units_out", units_out, (item_row.shape[0], scores.shape[1], units_out.shape[2]))
+    check_heads(budget, scores.shape[1])
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
     if soft:

@@ -63,10 +63,10 @@ def select(
             blocks = block_table[row, : -(-longest[row] * budget.unit // page)].long()
             tokens = scores[blocks].transpose(0, 1).flatten(1)
             pooled[row] = unit_scores(tokens, budget.unit, pooling)
-        z = pooled[row][:, first:end]
-        keep = min(budget.units_kept(start), end - first)
-        order = top_units(z, keep)
-        units_out[item, :, :keep] = order + first
-        if gates_out is not None:
-            gate = sparsek_gates(z, keep).masked_fill(z == float("-inf"), 1.0)
-            gates_out[item, :, :keep] = gate.gather(1, order).float()
+        for part, own in budget.by_heads(scores.shape[1]):
+            z, keep = pooled[row][part, first:end], min(own.units_kept(start), end - first)
+            order = top_units(z, keep)
+            units_out[item, part, :keep] = (order + first).int()
+            if gates_out is not None:
+                gate = sparsek_gates(z, keep).masked_fill(z == float("-inf"), 1.0)
+                gates_out[item, part, :keep] = gate.gather(1, order).float()

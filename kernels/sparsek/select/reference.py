@@ -65,17 +65,17 @@ def select(
         first, end = budget.first_unit(), budget.end_unit(start)
         if end <= first:
             continue
-        keep = min(budget.units_kept(start), end - first)
         blocks = block_table[row, : -(-end * budget.unit // page)].long()
         tokens = scores[blocks].transpose(0, 1).flatten(1)  # [H, n]
-        z = unit_scores(tokens, budget.unit, pooling)[:, first:end]
-        # stable sort: of equal scores the earlier unit stays
-        order = (
-            torch.sort(z, dim=-1, descending=True, stable=True).indices[:, :keep].sort(-1).values
-        )
-        units[item, :, :keep] = (order + first).int()
-        if gates is not None:
-            # scores of -inf are kept only where there is room for all that have one
-            gate = sparsek_gates(z, keep).masked_fill(z == float("-inf"), 1.0)
-            gates[item, :, :keep] = gate.gather(1, order).float()
+        scored = unit_scores(tokens, budget.unit, pooling)[:, first:end]
+        for part, own in budget.by_heads(heads):
+            z, keep = scored[part], min(own.units_kept(start), end - first)
+            # stable sort: of equal scores the earlier unit stays
+            best = torch.sort(z, dim=-1, descending=True, stable=True).indices[:, :keep]
+            order = best.sort(-1).values
+            units[item, part, :keep] = (order + first).int()
+            if gates is not None:
+                # scores of -inf are kept only where there is room for all that have one
+                gate = sparsek_gates(z, keep).masked_fill(z == float("-inf"), 1.0)
+                gates[item, part, :keep] = gate.gather(1, order).float()
     return units, gates

@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.compile_targets import of_heads
 from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,
     budget_arguments,
     end_unit,
+    of_head,
     page_argument,
     units_kept,
 )
@@ -71,6 +73,7 @@ def select_fwd_kernel(
     its units and those that left the window since are candidates.
     """
     i_i, i_h = tl.program_id(0), tl.program_id(1)
+    k, share_bits = of_head(k, i_h), of_head(share_bits, i_h)
     i_out = i_i.to(tl.int64) * stride_out_item + i_h * stride_out_head
     p_units = units_ptr + i_out
     p_gates = gates_ptr + i_out
@@ -173,6 +176,7 @@ def base_fwd_kernel(
 ):
     """What a base keeps of one segment of its units, or (UNION) of all segments' lists."""
     i_b, i_h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    k, share_bits = of_head(k, i_h), of_head(share_bits, i_h)
     i_base = i_b.to(tl.int64) * tl.num_programs(1) + i_h
     row = tl.load(base_bounds_ptr + i_b * 3)
     end = end_unit(tl.load(base_bounds_ptr + i_b * 3 + 1), first_unit, window, UNIT)
@@ -258,7 +262,7 @@ def select(
         scores, block_table, item_row, item_position,
         units_out, gates_out if soft else units_out,
         memo.stamps if memo is not None else units_out, memo.step if memo is not None else item_row,
-        base, base_bounds, item_base, *budget_arguments(budget), width,
+        base, base_bounds, item_base, *budget_arguments(budget, scores.device), width,
         scores.stride(0), scores.stride(1), block_table.stride(0),
         units_out.stride(0), units_out.stride(1),
         PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
@@ -280,7 +284,7 @@ def _base_lists(
     segment = SEGMENT_TOKENS if budget.unit == 1 else SEGMENT_PAGES
     competing = budget.units_competing(bases.longest)
     segments = max(1, -(-competing // segment))
-    first_unit, window, _, k, share_bits = budget_arguments(budget)
+    first_unit, window, _, k, share_bits = budget_arguments(budget, scores.device)
     count, heads = bases.bounds.shape[0], scores.shape[1]
 
     def launch(lists: torch.Tensor, programs: int, union: bool) -> torch.Tensor:
@@ -318,7 +322,7 @@ def select_scored(
     tile, options = _tile(budget.unit, "none", False, width)
     select_fwd_kernel[(items, heads)](
         unit_scores, item_row, item_row, item_position, units_out, units_out, units_out, item_row,
-        units_out, item_row, item_row, *budget_arguments(budget), width,
+        units_out, item_row, item_row, *budget_arguments(budget, units_out.device), width,
         unit_scores.stride(0), unit_scores.stride(1), 0,
         units_out.stride(0), units_out.stride(1),
         PAGE=budget.unit, UNIT=budget.unit, POOLING="none", SOFT=False, MEMO=False, BASE=False,
@@ -347,6 +351,14 @@ def compile_case(
     return select_fwd_kernel, _TYPES, constexprs, options
 
 
+def base_case(page: int, unit: int, union: bool) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
+    """One variant of ``base_fwd_kernel``."""
+    tile, options = _tile(unit, "lse", False, 2048 // unit)
+    types = "*fp32 *i32 *i32 *i32 *i32 i32 i32 i32 i64 i32 i32 i32 i64 i32 i32"
+    constexprs = {"PAGE": page, "UNIT": unit, "POOLING": "lse", "UNION": union, **tile}
+    return base_fwd_kernel, types, constexprs, options
+
+
 COMPILE_CASES = [
     *(
         compile_case(*case)
@@ -371,14 +383,13 @@ COMPILE_CASES = [
         ]
     ),
     *(
-        (
-            base_fwd_kernel,
-            "*fp32 *i32 *i32 *i32 *i32 i32 i32 i32 i64 i32 i32 i32 i64 i32 i32",
-            {"PAGE": page, "UNIT": unit, "POOLING": "lse", "UNION": union, **tile},
-            options,
-        )
-        for page, unit in ((16, 1), (16, 16), (0, 1))
-        for union in (False, True)
-        for tile, options in [_tile(unit, "lse", False, 2048 // unit)]
+        of_heads(compile_case(*case))
+        for case in [
+            (32, 1, "lse", False, "memo", 2048),
+            (32, 1, "lse", True, "memo", 2048),
+            (32, 1, "lse", False, "base", 2048),
+        ]
     ),
+    *(base_case(*case, union) for case in ((16, 1), (16, 16), (0, 1)) for union in (False, True)),
+    *(of_heads(base_case(32, 1, union)) for union in (False, True)),
 ]
