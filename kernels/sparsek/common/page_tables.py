@@ -20,11 +20,13 @@ import triton.language as tl
 
 from vllm_sparsek import compat
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.compile_targets import of_heads
 from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,
     budget_arguments,
     list_bounds,
     list_positions,
+    of_head,
     page_argument,
     token_offsets,
 )
@@ -74,6 +76,7 @@ def tables_fwd_kernel(
     ONE: items have one query, and requests are in order (item, KV head) instead.
     """
     i_i, i_h = tl.program_id(0), tl.program_id(1)
+    k, share_bits = of_head(k, i_h), of_head(share_bits, i_h)
     if ONE:
         i_table = i_i.to(tl.int64) * tl.num_programs(1) + i_h
     else:
@@ -263,7 +266,7 @@ def make_tables(
     tables_fwd_kernel[(items, heads, triton.cdiv(width, TABLE_BLOCK))](
         block_table, item_row, item_position, item_row if item_query_len is None else
         item_query_len, units, table, lengths, starts,
-        *budget_arguments(budget), max_units, width, most, *per,
+        *budget_arguments(budget, units.device), max_units, width, most, *per,
         block_table.stride(0), units.stride(0), units.stride(1),
         PAGE=page_argument(page, block_table.shape[1]), UNIT=budget.unit, STEP=step,
         ONE=item_query_len is None, BLOCK=TABLE_BLOCK, num_warps=4,
@@ -356,5 +359,6 @@ def rows_case(group: int, head_dim: int, pack: bool) -> tuple[Any, str, dict[str
 COMPILE_CASES = [
     *(tables_case(*case) for case in [(16, 1, True), (16, 1, False), (128, 128, False)]),
     *(tables_case(*case) for case in [(0, 1, False), (0, 16, False)]),
+    *(of_heads(tables_case(32, 1, one)) for one in (True, False)),
     *(rows_case(*case) for case in [(4, 128, True), (4, 128, False), (7, 80, False)]),
 ]
