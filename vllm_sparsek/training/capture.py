@@ -293,4 +293,4 @@ def sampled_attention(
     """See ``Layer.query``. query: [Hq, n, D]; key, value: [H, n, D]; at: [m] ascending."""
     p = _probabilities(query, key, scale, at).flatten(1, 2).to(value.dtype)
     output = (p @ value[:, : p.shape[2]]).view(query.shape[0], len(at), -1)
-    return {"query": query[:, at], "at": at, "output": output}
+    return {"query": query[:, at], "at": at.clone(), "output": output}
