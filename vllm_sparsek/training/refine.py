@@ -20,9 +20,9 @@ from vllm_sparsek.training.data import Window
 from vllm_sparsek.training.soft import soft_attention, soft_causal
 from vllm_sparsek.training.solve import LayerScorer
 
-LEARNING_RATE = 0.005
+OUTPUTS_RATE, LOGITS_RATE = 0.005, 0.01
 # queries a step of output reconstruction looks at
-QUERIES = 64
+QUERIES = 32
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Sampled:
     value: torch.Tensor
 
 
-def _anneal(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+def _anneal(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _some(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -73,16 +73,17 @@ def refine_outputs(
         scale: softmax scale; steps: number of steps; seed: order of windows and queries.
 
     Returns:
-        the loss of every step: squared error of the output relative to its square.
+        the loss of every step: squared error of the output relative to its square, that of
+        answers added to that of other queries.
     """
     x = scorer.normalise(features)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(scorer.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(scorer.parameters(), lr=OUTPUTS_RATE)
     losses: list[float] = []
     n = features.shape[2]
     budgets = [b for b in budgets if b.k >= 1 and b.first_sparse_position(n) < n]
     for step in range(steps if budgets else 0):
-        _anneal(optimizer, step, steps)
+        _anneal(optimizer, OUTPUTS_RATE, step, steps)
         index = int(torch.randint(len(windows), (), generator=generator))
         window, budget = windows[index], budgets[step % len(budgets)]
         sparse = window.at >= budget.first_sparse_position(n)
@@ -144,7 +145,7 @@ class LogitsRefinement:
         self.parameters = [
             parameter for layer in sorted(scorers) for parameter in scorers[layer].parameters()
         ]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=LEARNING_RATE)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=LOGITS_RATE)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that ``load`` needs, beside ``losses``, to go on from here."""
@@ -168,7 +169,7 @@ class LogitsRefinement:
 
     def step(self, window: Window) -> None:
         """One step of gradient descent on one window."""
-        _anneal(self.optimizer, len(self.losses), self.steps)
+        _anneal(self.optimizer, LOGITS_RATE, len(self.losses), self.steps)
         self.optimizer.zero_grad()
         self.losses.append(self._backward(window))
         # gradients of two windows can differ a hundredfold: Adam would live on the few largest

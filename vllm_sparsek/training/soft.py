@@ -2,11 +2,9 @@
 
 Forward it is what serves: attention over sinks, window and the tokens with the k highest scores.
 Backward a token's place is the gate that the SparseK operator gives it (a straight-through
-estimate; Bengio, Léonard, Courville, arXiv 1308.3432). A gate multiplies a token's exponential,
-in numerator and denominator alike, so that gates of 0 and 1 leave exactly the softmax over the
-selection; gates on values alone, as in mode ``soft_v``, would not. Soft gates in the forward, too,
-would not do: scores close to one another then give every token a part of a place, which costs
-attention next to nothing and keeps no token.
+estimate; Bengio, Léonard, Courville, arXiv 1308.3432), so the loss is that of the served scorer. A
+gate multiplies a token's exponential, in numerator and denominator alike: gates of 0 and 1 are
+then the softmax over the selection, which gates on values alone, as in mode ``soft_v``, are not.
 """
 
 from __future__ import annotations
