@@ -62,6 +62,25 @@ def test_answers_hold_the_highest_attention_that_any_answer_pays(model):
     assert (one[:, 80:] == 0).all(), "answers pay nothing to what comes later or is too near"
 
 
+def test_sampled_queries_are_every_so_many_th_and_those_of_answers(model):
+    n, how = 96, CaptureSettings(segment=32, stride=4, gap=8, queries=20)
+    whole = {}
+
+    def keep(layer, query, key, value, scale):
+        whole[layer] = query.clone(), key.clone(), value.clone(), scale
+
+    with attention_hook(keep):
+        view = Capture(model, how).run(ids(n), [(59, 63)])[1]
+    assert view.at.tolist() == [0, 20, 40, 59, 60, 61, 62, 80]
+    query, key, value, scale = whole[1]
+    assert torch.equal(view.query, query[:, view.at])
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(2, 0), value.repeat_interleave(2, 0), is_causal=True,
+        scale=scale,
+    )  # fmt: skip
+    torch.testing.assert_close(view.output, dense[:, view.at], atol=1e-5, rtol=1e-4)
+
+
 def test_capturing_changes_nothing_that_the_model_computes(model):
     tokens = torch.tensor(ids(64))[None]
     plain = model(input_ids=tokens).logits

@@ -77,7 +77,9 @@ def content(path: Path) -> tuple[dict, dict]:
 
 def test_a_fitted_file_serves_its_model_and_says_where_it_came_from(tiny, text, tmp_path):
     out = tmp_path / "scorer.safetensors"
-    reports = fit(settings(tiny, text), out, Quiet())
+    report = fit(settings(tiny, text), out, Quiet())
+    reports = report.layers
+    assert report.refinement == []
     assert [report.layer for report in reports] == [0, 1]
     assert all(len(report.losses) == 3 and 0 <= report.recall <= 1 for report in reports)
     with ScorerReader(str(out)) as file:
@@ -121,10 +123,38 @@ def test_an_interrupted_fit_goes_on_and_ends_as_if_nothing_had_happened(
     assert content(out) == content(whole)
 
 
+@pytest.mark.parametrize(
+    "refine, stop_at",
+    [("outputs", "fit layer 1"), ("logits", "refine all layers, steps 6 to 7 of 7")],
+    ids=["outputs", "logits"],
+)
+def test_a_refined_fit_differs_goes_on_and_ends_as_if_nothing_had_happened(
+    tiny, text, tmp_path, refine, stop_at
+):
+    plain, whole = tmp_path / "plain.safetensors", tmp_path / "whole.safetensors"
+    out = tmp_path / "scorer.safetensors"
+    steps = {"refine": refine, "refine_steps": 7, "layer_budgets": False}
+    fit(settings(tiny, text, layer_budgets=False), plain, Quiet())
+    report = fit(settings(tiny, text, **steps), whole, Quiet())
+    assert len(report.refinement) == 7
+    assert all(loss > 0 for loss in report.refinement)
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings(tiny, text, **steps), out, Quiet(stop_at))
+    again = Quiet()
+    assert fit(settings(tiny, text, **steps), out, again) == report
+    assert "fit layer 0" not in again.seen
+    assert "refine all layers, steps 1 to 5 of 7" not in again.seen
+    assert content(out) == content(whole)
+    for layer in ("layers.0", "layers.1"):
+        assert content(whole)[1][f"{layer}.weight"] != content(plain)[1][f"{layer}.weight"]
+
+
 def test_hidden_states_and_an_mlp_can_be_fitted(tiny, text, tmp_path):
     out = tmp_path / "scorer.safetensors"
     solve = SolveSettings((0.25,), Split(sinks=4), hidden_units=4, steps=2)
-    fit(FitSettings(tiny, (text,), TOKENS, 4, ("hidden", "value"), solve=solve), out, Quiet())
+    features = ("hidden", "value")
+    fit(FitSettings(tiny, (text,), TOKENS, 4, features, solve=solve, refine="logits",
+                    refine_steps=2), out, Quiet())  # fmt: skip
     scorer = load_layer(str(out), 1, 2, 64, hidden_size=256)
     assert scorer.reads_hidden
     x = torch.randn(3, 256)
@@ -134,15 +164,18 @@ def test_hidden_states_and_an_mlp_can_be_fitted(tiny, text, tmp_path):
 def test_the_command_writes_the_file_its_log_and_a_plot(tiny, text, tmp_path, capsys):
     out = tmp_path / "scorer.safetensors"
     status = main(["fit", tiny, "--data", text, "--out", str(out), "--windows", "4",
-                   "--window-tokens", "2048", "--steps", "2", "--device", "cpu"])  # fmt: skip
+                   "--window-tokens", "2048", "--steps", "2", "--device", "cpu",
+                   "--refine", "outputs", "--refine-steps", "3"])  # fmt: skip
     assert status == 0
     log = json.loads((tmp_path / "scorer.json").read_text())
     assert log["settings"]["window_tokens"] == 2048
     assert [layer["layer"] for layer in log["layers"]] == [0, 1]
+    assert len(log["refinement"]) == 3
     assert (tmp_path / "scorer.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "keeps" in printed
     assert "far attention" in printed
+    assert "error of outputs" in printed
 
 
 @pytest.mark.parametrize(
@@ -152,8 +185,9 @@ def test_the_command_writes_the_file_its_log_and_a_plot(tiny, text, tmp_path, ca
         (["--out", "nowhere/s.safetensors"], "there is no folder nowhere"),
         (["--out", "scorer.bin"], "must end in .safetensors"),
         (["--data", "nowhere.txt"], "--data nowhere.txt: no such file"),
+        (["--refine-steps", "3"], "--refine-steps: only with --refine outputs or --refine logits"),
     ],
-    ids=["input", "folder", "suffix", "data"],
+    ids=["input", "folder", "suffix", "data", "refine-steps"],
 )
 def test_a_wrong_argument_is_named_in_one_line(
     tiny, tmp_path, monkeypatch, capsys, arguments, message

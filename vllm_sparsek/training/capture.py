@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 NAME = "sparsek_capture"
 # elements of one tile of attention probabilities, [H, G, queries, keys] float32
@@ -30,6 +32,8 @@ class Layer:
             its queries and the heads of the group, to tokens at least ``gap`` before them.
         answers: [H, n] float32: the highest attention that any answer pays, on average over
             its queries, of the head of the group that pays most; 0 in windows without questions.
+        query, output: [Hq, m, D] in the model's dtype, queries at the positions ``at`` [m] and
+            what attention returns for them; None, all three, if not asked for.
     """
 
     key: torch.Tensor
@@ -37,6 +41,9 @@ class Layer:
     hidden: torch.Tensor | None
     mass: torch.Tensor
     answers: torch.Tensor
+    query: torch.Tensor | None = None
+    at: torch.Tensor | None = None
+    output: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,14 @@ class CaptureSettings:
         segment: query positions a segment; stride: every stride-th query is measured.
         gap: least distance of a token that counts: the window reads nearer ones anyway.
         hidden: also keep the layers' inputs.
+        queries: also keep every so-many-th query and those that predict answers; 0: none.
     """
 
     segment: int = 1024
     stride: int = 16
     gap: int = 512
     hidden: bool = False
+    queries: int = 0
 
 
 class Capture:
@@ -70,6 +79,11 @@ class Capture:
             answers: (first, end) positions of the queries that predict each answer.
         """
         found: dict[int, Layer] = {}
+        at = None
+        if self.settings.queries:
+            chosen = {*range(0, len(ids), self.settings.queries)}
+            chosen.update(position for answer in answers for position in range(*answer))
+            at = torch.tensor(sorted(chosen), device=self.model.device)
 
         with layer_inputs(self.model, self.settings.hidden) as inputs:
 
@@ -83,12 +97,22 @@ class Capture:
                     hidden=inputs.pop(layer, None),
                     mass=segment_mass(query, key, scale, self.settings),
                     answers=answer_attention(query, key, scale, answers, self.settings.gap),
+                    **({} if at is None else sampled_attention(query, key, value, scale, at)),
                 )
 
             with attention_hook(keep), torch.inference_mode():
                 tokens = torch.tensor(ids, device=self.model.device)[None]
                 self.model.get_decoder()(input_ids=tokens, use_cache=False)
         return found
+
+
+def attention_layers(model: Any) -> dict[int, Any]:
+    """The model's attention modules by layer index."""
+    return {
+        module.layer_idx: module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "o_proj")
+    }
 
 
 @contextmanager
@@ -102,8 +126,7 @@ def layer_inputs(model: Any, wanted: bool = True) -> Iterator[dict[int, torch.Te
 
     handles = [
         module.register_forward_pre_hook(keep, with_kwargs=True)
-        for module in (model.modules() if wanted else ())
-        if hasattr(module, "layer_idx") and hasattr(module, "o_proj")
+        for module in (attention_layers(model).values() if wanted else ())
     ]
     try:
         yield inputs
@@ -137,6 +160,19 @@ def outputs_replayed(model: Any, outputs: list[Any], first: int) -> Iterator[Non
         yield
     finally:
         for layer in replaced:
+            del layer.forward
+
+
+@contextmanager
+def layers_recomputed(model: Any) -> Iterator[None]:
+    """Let backward passes run the decoder's layers again instead of keeping what is in them."""
+    layers = list(model.get_decoder().layers)
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
             del layer.forward
 
 
@@ -249,3 +285,12 @@ def answer_attention(
         # over the group the highest: one head of it that retrieves is enough
         best[:, :end] = torch.maximum(best[:, :end], p.amax(1).mean(1))
     return best
+
+
+def sampled_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, at: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """See ``Layer.query``. query: [Hq, n, D]; key, value: [H, n, D]; at: [m] ascending."""
+    p = _probabilities(query, key, scale, at).flatten(1, 2).to(value.dtype)
+    output = (p @ value[:, : p.shape[2]]).view(query.shape[0], len(at), -1)
+    return {"query": query[:, at], "at": at.clone(), "output": output}

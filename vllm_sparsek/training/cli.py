@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from vllm_sparsek.arguments import at_least, has_modules
 
@@ -22,6 +23,8 @@ example:
       --additional-config '{"sparsek": {"scorer_path": "scorer.safetensors"}}'
 """
 DEFAULT_FEATURES = "key_unrotated,key,value"
+# ways to refine, and how many steps each takes
+REFINE_STEPS = {"outputs": 18, "logits": 40}
 
 
 def _shares(text: str) -> tuple[float, ...]:
@@ -68,6 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps of gradient descent a layer after the closed form (default: 60)",
     )  # fmt: skip
     parser.add_argument(
+        "--refine", choices=tuple(REFINE_STEPS),
+        help="train scorers on after that, by the error of each layer's output or by what the "
+        "model's next tokens lose with all layers sparse (default: neither)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--refine-steps", type=at_least(1), metavar="N",
+        help="steps of it, with outputs for every layer (default: "
+        + ", ".join(f"{kind} {steps}" for kind, steps in REFINE_STEPS.items()) + ")",
+    )  # fmt: skip
+    parser.add_argument(
         "--uniform-layers", action="store_true", help="give every layer and KV head the same budget"
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
@@ -98,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         problem = f"--out {args.out}: there is no folder {args.out.parent}."
     elif args.out.suffix != ".safetensors":
         problem = f"--out {args.out}: the name must end in .safetensors."
+    elif args.refine_steps and not args.refine:
+        problem = "--refine-steps: only with --refine outputs or --refine logits."
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -112,10 +127,12 @@ def run(args: argparse.Namespace) -> int:
         solve=SolveSettings(
             shares=args.shares, hidden_units=args.hidden_units, steps=args.steps, seed=args.seed
         ),
+        refine=args.refine,
+        refine_steps=args.refine_steps or REFINE_STEPS.get(args.refine, 0),
     )
     try:
         with interruptible(), Progress(Console(), steps=args.windows + 2) as progress:
-            reports = fit(settings, args.out, progress)
+            report = fit(settings, args.out, progress)
     except (ValueError, OSError) as error:
         # texts, the scorer file, or a model that transformers cannot load: its first line says it
         print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
@@ -124,15 +141,10 @@ def run(args: argparse.Namespace) -> int:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 128 + stop.signum
     log = args.out.with_suffix(".json")
-    log.write_text(
-        json.dumps(
-            {"settings": asdict(settings), "layers": [asdict(report) for report in reports]},
-            indent=1,
-        )
-    )
+    log.write_text(json.dumps({"settings": asdict(settings), **asdict(report)}, indent=1))
     plot = args.out.with_suffix(".png")
-    plot.write_bytes(draw(reports, args.out.name))
-    recall = sum(report.recall for report in reports) / len(reports)
+    plot.write_bytes(draw(report, args.out.name))
+    recall = fmean(layer.recall for layer in report.layers)
     print(f"{args.out}: keeps {recall:.1%} of far attention at a quarter of the context.")
     print(f"log: {log}, plot: {plot}")
     return 0

@@ -121,6 +121,17 @@ def asking_window(tokenizer: Any, text: Text, tokens: int, seed: int, chat: bool
                   made.answer_queries)  # fmt: skip
 
 
+def refinement_window(
+    tokenizer: Any, texts: list[Text], tokens: int, seed: int, step: int
+) -> Window:
+    """The window of a step of refinement: by turns text, questions, text, chat, of all texts."""
+    r = random.Random(f"refinement {seed} {step}")
+    text = texts[step // 2 % len(texts)]
+    if step % 2 == 0:
+        return _text_window(tokenizer, text, tokens, r)
+    return asking_window(tokenizer, text, tokens, r.randrange(1 << 30), step % 4 == 3)
+
+
 def _text_window(tokenizer: Any, text: Text, tokens: int, r: random.Random) -> Window:
     size = tokens * CHARACTERS_PER_TOKEN
     start = r.randrange(max(1, len(text.content) - size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,17 +17,24 @@ from vllm_sparsek.scorers.learned import load_layer
 from vllm_sparsek.scorers.scorer_file import ScorerFile, ScorerHeader, save_scorer
 from vllm_sparsek.serving_bench.progress import Progress
 from vllm_sparsek.training.budgets import DAMAGE_TOKENS, allocate, curve, measure_damage
-from vllm_sparsek.training.capture import Capture, CaptureSettings, load_model
+from vllm_sparsek.training.capture import (
+    Capture,
+    CaptureSettings,
+    attention_layers,
+    load_model,
+)
 from vllm_sparsek.training.data import (
     Window,
     asking_window,
     digest,
     read_texts,
+    refinement_window,
     standard_library,
     training_windows,
 )
 from vllm_sparsek.training.objective import Targets, dropped, kept_share
-from vllm_sparsek.training.solve import SolveSettings, fit_layer
+from vllm_sparsek.training.refine import LogitsRefinement, Sampled, refine_outputs
+from vllm_sparsek.training.solve import LayerScorer, SolveSettings, fit_layer
 from vllm_sparsek.training.store import Store
 
 # recall is reported, and budgets are split, at this share of the context
@@ -34,6 +42,11 @@ SHARE = 0.25
 REFRESH = 64
 # of the finished steps' tensors: an earlier version's are not gone on with
 STEPS_VERSION = 2
+# every so-many-th query is kept for output reconstruction
+QUERY_STRIDE = 16
+# length of the windows that the whole model is refined on, and steps between two checkpoints
+REFINE_TOKENS = 2048
+REFINE_KEPT = 5
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,9 @@ class FitSettings:
         layer_budgets: also split the budget over the layers and their KV heads.
         device: where the model runs.
         solve: how a layer is fitted.
+        refine: what scorers are trained on by after that: ``outputs`` (each layer's output),
+            ``logits`` (the model's next tokens, all layers at once), or None.
+        refine_steps: of it; with ``outputs``, for every layer.
     """
 
     model: str
@@ -59,6 +75,8 @@ class FitSettings:
     layer_budgets: bool = True
     device: str = "cpu"
     solve: SolveSettings = field(default_factory=SolveSettings)
+    refine: str | None = None
+    refine_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,7 @@ class LayerReport:
         layer: index; losses: of every round of budgets, on the training windows.
         loss: attention dropped; recall: share of attention to far tokens kept at 25 %;
         answer_recall: the same of attention that answers pay.
+        refinement: loss of every step of output reconstruction, on the training windows.
     """
 
     layer: int
@@ -76,9 +95,23 @@ class LayerReport:
     loss: float
     recall: float
     answer_recall: float
+    refinement: list[float]
 
 
-def fit(settings: FitSettings, out: Path, progress: Progress) -> list[LayerReport]:
+@dataclass(frozen=True)
+class FitReport:
+    """How a fit went.
+
+    Attributes:
+        layers: one report a layer.
+        refinement: loss of every step; by ``outputs``, on average over the layers.
+    """
+
+    layers: list[LayerReport]
+    refinement: list[float]
+
+
+def fit(settings: FitSettings, out: Path, progress: Progress) -> FitReport:
     """Fit a scorer and write it to ``out``; an interrupted fit goes on where it stopped.
 
     Args:
@@ -87,7 +120,7 @@ def fit(settings: FitSettings, out: Path, progress: Progress) -> list[LayerRepor
         progress: shows the steps.
 
     Returns:
-        one report a layer.
+        how it went.
 
     Raises:
         DataError: texts that cannot be used. ScorerFileError: ``out`` cannot be written.
@@ -103,10 +136,13 @@ def fit(settings: FitSettings, out: Path, progress: Progress) -> list[LayerRepor
     run = _Run(settings, store, progress, source, fingerprint)
     run.load(texts)
     run.capture()
-    reports = run.fit_layers()
+    run.fit_layers()
+    if settings.refine == "logits":
+        run.refine_logits()
+    report = run.report()
     save_scorer(out, run.scorer_file(run.split_budget() if settings.layer_budgets else None))
     store.remove()
-    return reports
+    return report
 
 
 def rope_of(model: Any) -> Rope | None:
@@ -137,8 +173,9 @@ class _Run:
         tokens = settings.window_tokens
         gap = min(settings.solve.split.window, tokens // 16)
         self.capturing = CaptureSettings(
-            segment=tokens // 8, gap=gap, hidden="hidden" in settings.features
-        )
+            segment=tokens // 8, gap=gap, hidden="hidden" in settings.features,
+            queries=QUERY_STRIDE if settings.refine == "outputs" else 0,
+        )  # fmt: skip
         self.solve = replace(settings.solve, split=replace(settings.solve.split, window=gap))
 
     def load(self, texts: list[Any]) -> None:
@@ -146,6 +183,7 @@ class _Run:
         from transformers import AutoTokenizer
 
         settings = self.settings
+        self.texts = texts
         with self.progress.task("load the model"):
             self.model = load_model(settings.model, self.device, torch.bfloat16)
             self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
@@ -213,36 +251,111 @@ class _Run:
         )
         return x.expand(-1, key.shape[0], -1).transpose(0, 1)
 
-    def fit_layers(self) -> list[LayerReport]:
+    def fit_layers(self) -> None:
         """Every layer's scorer."""
-        reports = []
         for layer in self.layers:
-            name = f"layer-{layer}"
-            if not self.store.has(name):
+            if not self.store.has(f"layer-{layer}"):
                 with self.progress.task(f"fit layer {layer}"):
                     self._fit_layer(layer)
-            report = LayerReport(**self.store.record(name))
-            reports.append(report)
-            self.progress.say(
-                f"layer {layer}: loss {report.loss:.4f}; at {SHARE:.0%} of the context keeps "
-                f"{report.recall:.1%} of far attention, {report.answer_recall:.1%} of answers'"
-            )
-        return reports
+            self._say(layer)
+
+    def _say(self, layer: int) -> None:
+        report = LayerReport(**self.store.record(f"layer-{layer}"))
+        refined = report.refinement
+        self.progress.say(
+            f"layer {layer}: loss {report.loss:.4f}; at {SHARE:.0%} of the context keeps "
+            f"{report.recall:.1%} of far attention, {report.answer_recall:.1%} of answers'"
+            + (f"; error of outputs {refined[0]:.4f} to {refined[-1]:.4f}" if refined else "")
+        )
 
     def _fit_layer(self, layer: int) -> None:
-        solve = self.solve
         x, targets = self._layer(layer, self.training)
-        scorer, losses = fit_layer(x, targets, self.capturing.gap, solve)
+        scorer, losses = fit_layer(x, targets, self.capturing.gap, self.solve)
+        refinement = []
+        if self.settings.refine == "outputs":
+            attention = attention_layers(self.model)[layer]
+            tokens, solve = self.settings.window_tokens, self.solve
+            refinement = refine_outputs(
+                scorer, x, [self._sampled(layer, index) for index in self.training],
+                attention.o_proj, [self._budget(share, tokens) for share in solve.shares],
+                attention.scaling, self.settings.refine_steps, solve.seed,
+            )  # fmt: skip
+        self._keep(layer, scorer, losses, refinement)
+
+    def _sampled(self, layer: int, index: int) -> Sampled:
+        view = self.store.read(f"window-{index}", f"{layer}.")
+        asks = torch.zeros(view["key"].shape[1], dtype=torch.bool)
+        for first, end in self.windows[index].answers:
+            asks[first:end] = True
+        view["asks"] = asks[view["at"]]
+        names = ("query", "at", "output", "asks", "key", "value")
+        return Sampled(**{name: view[name].to(self.device) for name in names})
+
+    def _budget(self, share: float, tokens: int) -> Budget:
+        """The budget that keeps a share of ``tokens``."""
+        return self.solve.split.budget(int(share * tokens), REFRESH)
+
+    def _keep(
+        self, layer: int, scorer: LayerScorer, losses: list[float], refinement: list[float]
+    ) -> None:
+        """Judge a layer's scorer by the windows held out, and store it."""
+        split = self.solve.split
         x, targets = self._layer(layer, self.held_out)
         with torch.no_grad():
-            scores = scorer((x - scorer.mean[:, None, None]) / scorer.std[:, None, None])
-        recall, answer_recall = kept_share(scores, targets, SHARE, solve.split)
+            scores = scorer(scorer.normalise(x))
+        recall, answer_recall = kept_share(scores, targets, SHARE, split)
         report = LayerReport(
-            layer, losses, dropped(scores, targets, solve.shares, solve.split).item(),
-            recall.item(), answer_recall.item(),
+            layer, losses, dropped(scores, targets, self.solve.shares, split).item(),
+            recall.item(), answer_recall.item(), refinement,
         )  # fmt: skip
-        dropping = curve(scores, targets, SHARE, solve.split)
-        self.store.write(f"layer-{layer}", {**scorer.tensors(), "curve": dropping}, asdict(report))
+        tensors = {f"file.{name}": tensor for name, tensor in scorer.tensors().items()}
+        state = {f"state.{name}": tensor for name, tensor in scorer.state_dict().items()}
+        found = {**tensors, **state, "curve": curve(scores, targets, SHARE, split)}
+        self.store.write(f"layer-{layer}", found, asdict(report))
+
+    def refine_logits(self) -> None:
+        """Train all layers' scorers together by what the model loses."""
+        settings, steps = self.settings, self.settings.refine_steps
+        tokens = min(REFINE_TOKENS, settings.window_tokens)
+        states = {layer: self.store.read(f"layer-{layer}", "state.") for layer in self.layers}
+        scorers = {
+            layer: LayerScorer(
+                state["mean"], state["std"], settings.solve.hidden_units, settings.solve.seed
+            ).to(self.device)
+            for layer, state in states.items()
+        }
+        for layer, scorer in scorers.items():
+            scorer.load_state_dict(states[layer])
+        training = LogitsRefinement(
+            self.model, scorers, self._features, self.capturing.hidden,
+            self._budget(SHARE, tokens), steps,
+        )  # fmt: skip
+        if self.store.has("refine"):
+            training.load(self.store.read("refine"), self.store.record("refine"))
+        self.progress.more(-(-(steps - len(training.losses)) // REFINE_KEPT))
+        while (done := len(training.losses)) < steps:
+            end = min(steps, done + REFINE_KEPT)
+            with self.progress.task(f"refine all layers, steps {done + 1} to {end} of {steps}"):
+                for step in range(done, end):
+                    training.step(
+                        refinement_window(
+                            self.tokenizer, self.texts, tokens, settings.solve.seed, step
+                        )
+                    )
+                self.store.write("refine", training.state(), training.losses)
+            self.progress.say(f"divergence from dense {fmean(training.losses[done:]):.4f}")
+        for layer, scorer in scorers.items():
+            before = LayerReport(**self.store.record(f"layer-{layer}"))
+            self._keep(layer, scorer, before.losses, [])
+            self._say(layer)
+
+    def report(self) -> FitReport:
+        """How everything went so far."""
+        layers = [LayerReport(**self.store.record(f"layer-{layer}")) for layer in self.layers]
+        if self.store.has("refine"):
+            return FitReport(layers, self.store.record("refine"))
+        steps = zip(*(report.refinement for report in layers), strict=True)
+        return FitReport(layers, [fmean(losses) for losses in steps])
 
     def split_budget(self) -> torch.Tensor:
         """Relative budgets [layers, H] of the model, 0 for layers that are not sparse."""
@@ -262,11 +375,7 @@ class _Run:
         return shares
 
     def _damage(self, tick: Callable[[], None]) -> list[float]:
-        split = self.solve.split
-        kept = int(SHARE * len(self.probe.ids))
-        reach = split.window_of(kept)
-        budget = Budget(k=kept - reach - split.sinks, window=reach, sinks=split.sinks,
-                        refresh=REFRESH)  # fmt: skip
+        budget = self._budget(SHARE, len(self.probe.ids))
         path = self.store.folder / "scorer.safetensors"
         save_scorer(path, self.scorer_file())
         heads, _, head_dim = self.store.read("window-0", f"{self.layers[0]}.")["key"].shape
@@ -291,6 +400,8 @@ class _Run:
         layers = {layer: self.store.read(f"layer-{layer}") for layer in self.layers}
         for tensors in layers.values():
             del tensors["curve"]
+        """Everything fitted so far, as the file holds it; shares: of the budget, by layer."""
+        layers = {layer: self.store.read(f"layer-{layer}", "file.") for layer in self.layers}
         header = ScorerHeader(
             kind="mlp" if self.settings.solve.hidden_units else "linear",
             features=self.features,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.training.operator import sparsek
 
 
@@ -41,6 +42,12 @@ class Split:
     def window_of(self, budget: int) -> int:
         """Tokens of the window in a budget: all of it, but never over a quarter of the budget."""
         return min(self.window, budget // 4)
+
+    def budget(self, kept: int, refresh: int) -> Budget:
+        """The budget of a layer that reads ``kept`` tokens and selects every ``refresh``."""
+        window = self.window_of(kept)
+        return Budget(k=kept - window - self.sinks, window=window, sinks=self.sinks,
+                      refresh=refresh)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,34 +7,39 @@ import io
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vllm_sparsek.training.fit import SHARE, LayerReport
+from vllm_sparsek.training.fit import SHARE, FitReport
 
 DPI = 120
 
 
-def draw(reports: list[LayerReport], title: str) -> bytes:
-    """A PNG with two panels.
+def draw(report: FitReport, title: str) -> bytes:
+    """A PNG with two panels, or three if the fit was refined.
 
     Args:
-        reports: one a layer; title: what was fitted.
+        report: of the fit; title: what was fitted.
     """
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    reports = report.layers
+    panels = 3 if report.refinement else 2
+    figure = Figure(figsize=(5.5 * panels, 4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
-    for report in reports:
-        shade = report.layer / max(1, reports[-1].layer)
-        left.plot(report.losses, color=(0.0, 0.3 + 0.5 * shade, 0.8 - 0.5 * shade), linewidth=0.8)
+    left, right, *last = figure.subplots(1, panels)
+    for layer in reports:
+        shade = layer.layer / max(1, reports[-1].layer)
+        left.plot(layer.losses, color=(0.0, 0.3 + 0.5 * shade, 0.8 - 0.5 * shade), linewidth=0.8)
     left.set(xlabel="round of budgets", ylabel="attention dropped", yscale="log",
              title="training loss, a line a layer (blue: first, green: last)")  # fmt: skip
-    layers = [report.layer for report in reports]
-    right.plot(layers, [report.recall for report in reports], marker="o", label="far attention")
+    layers = [layer.layer for layer in reports]
+    right.plot(layers, [layer.recall for layer in reports], marker="o", label="far attention")
     right.plot(
-        layers, [report.answer_recall for report in reports], marker="s", label="answers' attention"
+        layers, [layer.answer_recall for layer in reports], marker="s", label="answers' attention"
     )
     right.set(xlabel="layer", ylabel="share kept", ylim=(0, 1.02),
               title=f"kept at {SHARE:.0%} of the context, windows held out")  # fmt: skip
     right.legend()
+    for panel in last:
+        panel.plot(report.refinement, linewidth=0.8)
+        panel.set(xlabel="step", ylabel="loss", yscale="log", title="refinement")
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=DPI)
     return data.getvalue()

@@ -50,10 +50,15 @@ class LayerScorer(torch.nn.Module):
     Parameters see normalised features; ``tensors`` folds the normalisation into them.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, mean: torch.Tensor, std: torch.Tensor, hidden_units: int, seed: int) -> None:
         super().__init__()
         heads, width = mean.shape
-        self.mean, self.std, self.hidden_units = mean, std, hidden_units
+        self.hidden_units = hidden_units
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
         new = mean.new_zeros
         self.weight = torch.nn.Parameter(new(heads, width))
         self.bias = torch.nn.Parameter(new(heads))
@@ -75,6 +80,10 @@ class LayerScorer(torch.nn.Module):
             score = score + torch.baddbmm(self.b1, flat, self.w1).relu() @ self.w2
         score = score.view(heads, windows, n) + self.bias[:, None, None]
         return score + self.slope[:, None, None] * position
+
+    def normalise(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [H, W, n, F] as ``forward`` takes them."""
+        return (features - self.mean[:, None, None]) / self.std[:, None, None]
 
     @torch.no_grad()
     def tensors(self) -> dict[str, torch.Tensor]:
