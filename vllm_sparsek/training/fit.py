@@ -397,10 +397,6 @@ class _Run:
 
     def scorer_file(self, shares: torch.Tensor | None = None) -> ScorerFile:
         """Everything fitted so far, as the file holds it; shares: of the budget, [layers, H]."""
-        layers = {layer: self.store.read(f"layer-{layer}") for layer in self.layers}
-        for tensors in layers.values():
-            del tensors["curve"]
-        """Everything fitted so far, as the file holds it; shares: of the budget, by layer."""
         layers = {layer: self.store.read(f"layer-{layer}", "file.") for layer in self.layers}
         header = ScorerHeader(
             kind="mlp" if self.settings.solve.hidden_units else "linear",
