@@ -24,7 +24,7 @@ example:
 """
 DEFAULT_FEATURES = "key_unrotated,key,value"
 # ways to refine, and how many steps each takes
-REFINE_STEPS = {"outputs": 18, "logits": 40}
+REFINE_STEPS = {"outputs": 18, "logits": 20}
 
 
 def _shares(text: str) -> tuple[float, ...]:

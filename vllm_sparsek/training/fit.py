@@ -45,7 +45,7 @@ STEPS_VERSION = 2
 # every so-many-th query is kept for output reconstruction
 QUERY_STRIDE = 16
 # length of the windows that the whole model is refined on, and steps between two checkpoints
-REFINE_TOKENS = 2048
+REFINE_TOKENS = 1024
 REFINE_KEPT = 5
 
 
