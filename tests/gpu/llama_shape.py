@@ -4,12 +4,14 @@
 
 Runs one backend, writes tokens and times to OUT.json; if llama-dense.json lies beside it,
 compares with that. Runner V1: VLLM_USE_V2_MODEL_RUNNER=0. The environment variable LLAMA_CASES
-takes other batches than CASES, as 16x32768,1x8192. ``{"scorer": "learned"}`` gets a linear scorer
-of random weights.
+takes other batches than CASES, as 16x32768,1x8192; LLAMA_PROFILE=16x32768 also sums the time of
+every kernel over some decode steps of such a batch. ``{"scorer": "learned"}`` gets a linear scorer of
+random weights.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import sys
@@ -115,6 +117,20 @@ def counters(llm: Any) -> dict[str, float]:
     return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
 
 
+def kernel_times(folder: Path) -> dict[str, list[float]]:
+    """Launches and microseconds of every kernel in the traces of a folder, the longest first."""
+    found: dict[str, list[float]] = {}
+    for path in folder.rglob("*.json*"):
+        opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+        with opened as file:
+            events = json.load(file)["traceEvents"]
+        for event in events:
+            if event.get("cat") == "kernel":
+                count, total = found.get(event["name"], (0, 0.0))
+                found[event["name"]] = [count + 1, total + event["dur"]]
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
 def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]) -> None:
     """Load the engine once and measure several things."""
     from vllm import LLM, SamplingParams
@@ -128,6 +144,9 @@ def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]
         extra = {"attention_backend": "sparsek", "additional_config": {"sparsek": settings}}
     else:
         extra = {"attention_backend": "FLASH_ATTN"}
+    profiled, traces = os.environ.get("LLAMA_PROFILE"), Path(folder, "traces")
+    if profiled:
+        extra["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": str(traces)}
     started = time.perf_counter()
     llm = LLM(folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=131072,
               max_num_seqs=32, gpu_memory_utilization=0.9, disable_log_stats=False,
@@ -159,6 +178,15 @@ def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]
         result[f"tokens_{name}"] = tokens
         print(name, f"prefill {rows * length / prefill:.0f} tok/s,",
               f"decode {result[f'decode_ms_{name}']:.2f} ms a step", flush=True)  # fmt: skip
+    if profiled:
+        rows, length = map(int, profiled.split("x"))
+        prompts = [prompt(100 * length + 10 * rows + i, length) for i in range(rows)]
+        run(prompts, 4)
+        # one step that reads the end of the prompts, then decode steps
+        llm.start_profile()
+        run(prompts, 17)
+        llm.stop_profile()
+        result[f"kernels_{profiled}"] = kernel_times(traces)
     # one prefix, many questions; one after the other, so that both backends can hit
     before, prefix = counters(llm), prompt(7000, 16384)["prompt_token_ids"]
     for i in range(8):
