@@ -5,8 +5,8 @@
 Runs one backend, writes tokens and times to OUT.json; if llama-dense.json lies beside it,
 compares with that. Runner V1: VLLM_USE_V2_MODEL_RUNNER=0. The environment variable LLAMA_CASES
 takes other batches than CASES, as 16x32768,1x8192; LLAMA_PROFILE=16x32768 also sums the time of
-every kernel over some decode steps of such a batch. ``{"scorer": "learned"}`` gets a linear scorer of
-random weights.
+every kernel over some decode steps of such a batch. ``{"scorer": "learned"}`` gets a linear
+scorer of random weights.
 """
 
 from __future__ import annotations
@@ -120,11 +120,8 @@ def counters(llm: Any) -> dict[str, float]:
 def kernel_times(folder: Path) -> dict[str, list[float]]:
     """Launches and microseconds of every kernel in the traces of a folder, the longest first."""
     found: dict[str, list[float]] = {}
-    for path in folder.rglob("*.json*"):
-        opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-        with opened as file:
-            events = json.load(file)["traceEvents"]
-        for event in events:
+    for path in folder.rglob("*.json.gz"):
+        for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]:
             if event.get("cat") == "kernel":
                 count, total = found.get(event["name"], (0, 0.0))
                 found[event["name"]] = [count + 1, total + event["dur"]]
