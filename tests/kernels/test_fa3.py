@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import test_decode
+import test_fp8
 import test_prefill
 import torch
-from caches import NAN, build, chosen, items_of
+from caches import EPS, NAN, assert_within_twice, build, chosen, items_of, quantised
 from flash_attention import flash_attn_varlen_func
 from interpreter import BF16, BITWISE
 
@@ -21,6 +22,7 @@ from vllm_sparsek import attention_forward, compat
 from vllm_sparsek.kernels.common import engines, page_tables
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api as decode_api
+from vllm_sparsek.kernels.decode.reference import visible_positions
 from vllm_sparsek.kernels.prefill import api as prefill_api
 
 F16, F32 = torch.float16, torch.float32
@@ -210,6 +212,58 @@ def test_a_batch_without_items_is_no_error(device):
     )  # fmt: skip
 
 
+FP8_CASES = {
+    # dtype of queries, KV heads, G, D, page, requests, budget
+    "bf16": (BF16, 2, 3, 128, 16, [250, 100], Budget(32, 33, 5, 64)),
+    "fp16-mha-page": (F16, 2, 1, 64, 32, [200], Budget(64, 20, 4, 16, unit=32)),
+    "heads": (BF16, 2, 2, 64, 16, [180], Budget(1, 8, 4, 16).with_heads([(60, None), (16, None)])),
+}
+
+
+@pytest.mark.parametrize("case", FP8_CASES.values(), ids=FP8_CASES.keys())
+def test_products_of_an_fp8_cache_are_as_exact_as_fp8_operands(case, device):
+    dtype, heads, group, head_dim, page, lengths, budget = case
+    # the interpreter loses carries when it rounds to fp8: queries that need no rounding
+    paged, kv_scales = quantised(build(lengths, heads, head_dim, page))
+    scale, tokens = head_dim**-0.5, 40
+    chunks = [(row, n - tokens, tokens) for row, n in enumerate(lengths)]
+    shape = (len(chunks) * tokens, heads * group, head_dim)
+    query = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    query = (query.to(FP8).float() if device.type != "cuda" else query).to(dtype)
+    *items, _ = test_prefill.split_items(chunks, budget.refresh)
+    row, position, start, length = items
+    units, _ = chosen(paged, row, position, budget)
+    there = paged.to(device)
+    out = torch.full_like(query, NAN, device=device)
+    prefill_api.prefill(
+        query.to(device), *there.kv_cache.chunk(2, dim=-1), there.block_table,
+        *(i.to(device) for i in items), units.to(device), None, budget, scale, out,
+        kv_scales=tuple(s.to(device) for s in kv_scales), impl="fa3",
+    )  # fmt: skip
+    of_item = torch.arange(row.numel()).repeat_interleave(length.long())
+    at = position[of_item] + torch.arange(len(query)).int() - start[of_item]
+    each = paged, kv_scales, query, (row[of_item], at), units[of_item], None, budget, scale
+    exact, _ = test_fp8.expected(*each)
+    assert_within_twice(out, fp8_operands(*each), exact, EPS[BF16])
+
+
+def fp8_operands(paged, kv_scales, query, items, units, gates, budget, scale):
+    """Attention in plain torch with queries, keys, values and probabilities in fp8."""
+    heads, page = paged.kv_cache.shape[1:3]
+    out = torch.empty_like(query, dtype=F32)
+    for i, (row, position) in enumerate(zip(*(x.tolist() for x in items), strict=True)):
+        by_head = zip(query[i].view(heads, -1, query.shape[2]), out[i].chunk(heads), strict=True)
+        for head, (q, found) in enumerate(by_head):
+            kept = units[i, head]
+            at = visible_positions(position, kept[kept >= 0], budget)
+            blocks = paged.block_table[row, at // page].long()
+            key, value = paged.kv_cache[blocks, head, at % page].float().chunk(2, dim=-1)
+            logits = q.to(FP8).float() @ key.T * kv_scales[0] * scale
+            p = (logits - logits.amax(-1, keepdim=True)).exp()
+            found.copy_(p.to(FP8).float() @ value * kv_scales[1] / p.sum(-1, keepdim=True))
+    return out
+
+
 # what does not fit
 
 
@@ -227,7 +281,7 @@ def call(**changes):
 SHIFTED = torch.zeros(4 * 2 * 16 * 128 + 1, dtype=F16)[1:].view(4, 2, 16, 128)
 MISFITS = {
     "float32": (call(dtype=F32), "query is torch.float32"),
-    "fp8": (call(key_cache=torch.zeros(4, 2, 16, 64).to(FP8)), "only one of the query's dtype"),
+    "another dtype": (call(key_cache=torch.zeros(4, 2, 16, 64)), "one of the query's dtype"),
     "soft_v": (call(gates=torch.ones(1, 2, 16)), "weighs no values"),
     "head size": (call(query=torch.zeros(1, 2, 512, dtype=F16)), "head_dim is 512"),
     "too many pages": (
@@ -247,6 +301,17 @@ def test_what_does_not_fit_is_named(arguments, reason):
     ok, found = page_tables.fits(**arguments)
     assert not ok
     assert reason in found
+
+
+def test_decode_leaves_fp8_caches_to_triton():
+    from vllm_sparsek.kernels.decode import fa3
+
+    key, value = torch.zeros(4, 2, 16, 128).to(FP8).chunk(2, dim=-1)
+    given = call(key_cache=key, value_cache=value)
+    assert page_tables.fits(**given) == (True, "")
+    ok, reason = fa3.fits(**given)
+    assert not ok
+    assert "decode's queries would be rounded" in reason
 
 
 def test_asking_for_it_where_it_does_not_fit_is_one_error(device):

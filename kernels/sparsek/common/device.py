@@ -19,6 +19,7 @@ from vllm_sparsek.kernels.common.budget import Budget
 # scalars that differ between models or layers: never worth a second compilation
 BUDGET_SCALARS = ["first_unit", "window", "refresh", "k", "share_bits"]
 MIN_BLOCK_M = 16  # the smallest tile tl.dot takes
+FP8_MAX = tl.constexpr(448.0)
 
 # of a budget, or one a KV head
 Number = int | torch.Tensor
@@ -84,6 +85,12 @@ def of_head(number, i_h):
     if number.dtype.is_ptr():
         number = tl.load(number + i_h)
     return number
+
+
+@triton.jit
+def fp8_of(b_x):
+    """float32 as it can be rounded to float8_e4m3fn: beyond its largest number, that one."""
+    return tl.minimum(tl.maximum(b_x, -FP8_MAX), FP8_MAX)
 
 
 @triton.jit

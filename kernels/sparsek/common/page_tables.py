@@ -10,6 +10,7 @@ queries see more at its end and nothing less.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,14 @@ from vllm_sparsek.kernels.common.compile_targets import of_heads
 from vllm_sparsek.kernels.common.device import (
     BUDGET_SCALARS,
     budget_arguments,
+    fp8_of,
     list_bounds,
     list_positions,
     of_head,
     page_argument,
     token_offsets,
 )
+from vllm_sparsek.kernels.common.validate import FP8
 
 FLOATS = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -123,9 +126,13 @@ def rows_fwd_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     PACK: tl.constexpr,
+    FP8: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copies the rows of one (item, KV head) from tokens to the end of its packed ones, or back."""
+    """Copies the rows of one (item, KV head) from tokens to the end of its packed ones, or back.
+
+    FP8: packed ones are float8_e4m3fn.
+    """
     i_i, i_h, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(item_row_ptr + i_i)
     queries = tl.load(item_query_len_ptr + i_i)
@@ -143,7 +150,10 @@ def rows_fwd_kernel(
     i_p = (i_item * most + most - queries) * G + o_m
     p_packed = packed_ptr + i_p[:, None] * D + o_d[None, :]
     if PACK:
-        tl.store(p_packed, tl.load(p_tokens, mask=m_m), mask=m_m)
+        b_q = tl.load(p_tokens, mask=m_m)
+        if FP8:
+            b_q = fp8_of(b_q.to(tl.float32)).to(tl.float8e4nv)
+        tl.store(p_packed, b_q, mask=m_m)
     else:
         tl.store(p_tokens, tl.load(p_packed, mask=m_m), mask=m_m)
 
@@ -185,6 +195,9 @@ def fits(
 ) -> tuple[bool, str]:
     """Whether FlashAttention-3 can attend over the lists of a call, and why not.
 
+    Beside an fp8 cache queries and probabilities are rounded to fp8, too: its products take no
+    other operands.
+
     Args:
         query: [..., D]; key_cache, value_cache: [num_blocks, H, page, D], or a packed cache twice;
             gates, budget: as decode's and prefill's.
@@ -194,13 +207,16 @@ def fits(
         return False, reason
     if query.dtype not in FLOATS:
         return False, f"query is {query.dtype}: FlashAttention-3 takes {FLOATS}"
-    if key_cache.dtype != query.dtype:
-        return False, f"the cache is {key_cache.dtype}: only one of the query's dtype will do"
+    if key_cache.dtype not in (query.dtype, FP8):
+        return False, f"the cache is {key_cache.dtype}: one of the query's dtype or {FP8} will do"
     if gates is not None:
         return False, "gates are given: FlashAttention-3 weighs no values"
-    head_dim, size = query.shape[-1], query.element_size()
-    if head_dim > MAX_HEAD_DIM or head_dim * size % ALIGNMENT:
-        return False, f"head_dim is {head_dim}: it must be a multiple of 8, {MAX_HEAD_DIM} at most"
+    head_dim, size = query.shape[-1], key_cache.element_size()
+    multiple = ALIGNMENT // size
+    if head_dim > MAX_HEAD_DIM or head_dim % multiple:
+        return False, (
+            f"head_dim is {head_dim}: it must be a multiple of {multiple}, {MAX_HEAD_DIM} at most"
+        )
     step = step_of(budget, key_cache.shape[2])
     found = []
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
@@ -285,16 +301,18 @@ def move_rows(
     """Copy the items' rows of ``tokens`` into ``packed``, or those of ``packed`` back.
 
     Args:
-        tokens: [rows, T, Hq, D]; packed: [H, items, most, G, D], contiguous. An item's rows are
-            the last ones of its ``most``; what lies before them is neither read nor written.
+        tokens: [rows, T, Hq, D]; packed: [H, items, most, G, D], contiguous, of any float dtype;
+            float8_e4m3fn takes numbers as they are, those beyond it as its largest. An item's
+            rows are the last ones of its ``most``; what lies before them is neither read nor
+            written.
         item_row, item_query_start, item_query_len: see prefill.
         pack: the direction.
     """
     heads, items, most, group, head_dim = packed.shape
     rows_fwd_kernel[(items, heads, triton.cdiv(most * group, ROWS_BLOCK))](
         tokens, packed, item_row, item_query_start, item_query_len, most, *tokens.stride()[:3],
-        G=group, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PACK=pack, BLOCK=ROWS_BLOCK,
-        num_warps=4,
+        G=group, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PACK=pack,
+        FP8=packed.dtype == FP8, BLOCK=ROWS_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -305,6 +323,7 @@ def attend(
     tables: Tables,
     refresh: int,
     scale: float,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """FlashAttention-3 over the pages of ``tables``.
 
@@ -312,25 +331,36 @@ def attend(
     what is in the batch, and with them the last bits of a result.
 
     Args:
-        query: [H * items * most, G, D], last stride 1.
+        query: [H * items * most, G, D] of the cache's dtype, last stride 1.
         key_cache, value_cache: see ``make_tables``; refresh: no request has more queries.
-        scale: softmax scale.
+        scale: softmax scale; kv_scales: of an fp8 cache.
 
     Returns:
-        Of query's shape, contiguous; rows that see nothing are unspecified.
+        Of query's shape, contiguous; bfloat16 if query is float8_e4m3fn, else of its dtype; rows
+        that see nothing are unspecified.
     """
     function, reason = compat.flash_attention_3()
     if function is None:
         raise RuntimeError(reason)
-    out = query.new_empty(query.shape)
+    out = query.new_empty(query.shape, dtype=torch.bfloat16 if kv_scales else query.dtype)
+    descale = {}
+    if kv_scales is not None:
+        names, shape = ("q_descale", "k_descale", "v_descale"), (tables.lengths.shape[0], 1)
+        scales = (_one(query.device), *kv_scales)
+        descale = {n: s.view(1).expand(shape) for n, s in zip(names, scales, strict=True)}
     function(
         query, pages_of(key_cache, tables.step), pages_of(value_cache, tables.step),
         max_seqlen_q=refresh, cu_seqlens_q=tables.starts,
         max_seqlen_k=tables.table.shape[1] * tables.step, seqused_k=tables.lengths,
         block_table=tables.table, softmax_scale=scale, causal=True, out=out, num_splits=1,
-        fa_version=3,
+        fa_version=3, **descale,
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones(1, device=device)
 
 
 def tables_case(page: int, unit: int, one: bool) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
@@ -346,13 +376,15 @@ def tables_case(page: int, unit: int, one: bool) -> tuple[Any, str, dict[str, An
     return tables_fwd_kernel, types, constexprs, {"num_warps": 4}
 
 
-def rows_case(group: int, head_dim: int, pack: bool) -> tuple[Any, str, dict[str, Any], Any]:
+def rows_case(
+    group: int, head_dim: int, pack: bool, packed: str = "bf16"
+) -> tuple[Any, str, dict[str, Any], Any]:
     """One variant of ``rows_fwd_kernel``."""
     constexprs = {
         "G": group, "D": head_dim, "D_PAD": triton.next_power_of_2(head_dim), "PACK": pack,
-        "BLOCK": ROWS_BLOCK,
+        "FP8": packed == "fp8e4nv", "BLOCK": ROWS_BLOCK,
     }  # fmt: skip
-    types = "*bf16 *bf16 *i32 *i32 *i32 i32 i64 i32 i32"
+    types = f"*bf16 *{packed} *i32 *i32 *i32 i32 i64 i32 i32"
     return rows_fwd_kernel, types, constexprs, {"num_warps": 4}
 
 
@@ -361,4 +393,5 @@ COMPILE_CASES = [
     *(tables_case(*case) for case in [(0, 1, False), (0, 16, False)]),
     *(of_heads(tables_case(32, 1, one)) for one in (True, False)),
     *(rows_case(*case) for case in [(4, 128, True), (4, 128, False), (7, 80, False)]),
+    rows_case(4, 128, True, "fp8e4nv"),
 ]

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparsek.kernels.common import page_tables
 from vllm_sparsek.kernels.common.budget import Budget
-from vllm_sparsek.kernels.common.page_tables import attend, fits, make_tables
+from vllm_sparsek.kernels.common.page_tables import attend, make_tables
+from vllm_sparsek.kernels.common.validate import FP8
 
-__all__ = ["decode", "fits"]
+
+def fits(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    gates: torch.Tensor | None,
+    budget: Budget,
+) -> tuple[bool, str]:
+    """See ``page_tables.fits``; decode keeps its queries as they are, so fp8 caches do not."""
+    if key_cache.dtype == FP8:
+        return False, f"the cache is {FP8}: decode's queries would be rounded to it"
+    return page_tables.fits(query, key_cache, value_cache, gates, budget)
 
 
 def decode(

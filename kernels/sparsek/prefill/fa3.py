@@ -44,7 +44,10 @@ def prefill(
         key_cache, block_table, item_row, item_position, item_query_len, units, budget, most
     )
     owners = item_row, item_query_start, item_query_len
-    packed = query.new_empty((heads, items, most, query_heads // heads, head_dim))
+    shape = (heads, items, most, query_heads // heads, head_dim)
+    packed = query.new_empty(shape, dtype=key_cache.dtype)
     move_rows(query, packed, *owners, pack=True)
-    found = attend(packed.flatten(0, 2), key_cache, value_cache, tables, budget.refresh, scale)
-    move_rows(out, found.view(packed.shape), *owners, pack=False)
+    found = attend(
+        packed.flatten(0, 2), key_cache, value_cache, tables, budget.refresh, scale, kv_scales
+    )
+    move_rows(out, found.to(out.dtype).view(shape), *owners, pack=False)

@@ -6,13 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparsek.kernels.common.device import fp8_of
 from vllm_sparsek.kernels.common.validate import FP8
 from vllm_sparsek.kernels.write.linear import LinearScore
 
 BLOCK_T = 8  # tokens per program: decode's few tokens still make a program for every KV head
 WARPS = 4
 QUARTER = tl.constexpr(1.5707963267948966)  # of a turn, in float64
-FP8_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -37,13 +37,6 @@ def _sine_cosine(b_angle):
     b_sin = tl.where(b_odd, b_c, b_s)
     b_cos = tl.where(b_odd, b_s, b_c)
     return tl.where(b_n >= 2, -b_sin, b_sin), tl.where((b_n == 1) | (b_n == 2), -b_cos, b_cos)
-
-
-@triton.jit
-def _fp8(b_x, scale):
-    """Numbers of an fp8 cache that stand for x; what is too large becomes the largest."""
-    b_x = tl.math.div_rn(b_x, scale + tl.zeros_like(b_x))
-    return tl.minimum(tl.maximum(b_x, -FP8_MAX), FP8_MAX)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -102,8 +95,8 @@ def write_tokens_fwd_kernel(
     b_key = b_k.to(tl.float32)
     b_value = b_v.to(tl.float32)
     if FP8:
-        b_k = _fp8(b_key, tl.load(k_scale_ptr))
-        b_v = _fp8(b_value, tl.load(v_scale_ptr))
+        b_k = fp8_of(tl.math.div_rn(b_key, tl.load(k_scale_ptr) + tl.zeros_like(b_key)))
+        b_v = fp8_of(tl.math.div_rn(b_value, tl.load(v_scale_ptr) + tl.zeros_like(b_value)))
     tl.store(p_kv, b_k.to(kv_ptr.dtype.element_ty), mask=m)
     tl.store(p_kv + D, b_v.to(kv_ptr.dtype.element_ty), mask=m)
 
