@@ -24,7 +24,7 @@ def compile_all(capability: int) -> dict[str, dict]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert found.returncode == 0, found.stderr[-4000:]
     results = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
