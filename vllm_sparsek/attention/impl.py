@@ -83,6 +83,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self.heads = slice(0, self.num_kv_heads)
         self._budgets: dict[int, tuple[Budget, Budget]] = {}
         self.scorer: Scorer | None = None
+        self.writes_kv = False
         self.score_cache: Any = None
         self.cpu_decoder: CpuDecoder | None = None
         self.hidden: HiddenStates | None = None
@@ -105,6 +106,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self.scorer = make_scorer(
             self.config, self.layer, total, self.head_size, self.heads, device, hidden_size
         )
+        # a linear scorer arranges its weights here: not where a graph may be captured
+        self.writes_kv = self.scorer.writes_kv
         if self.scorer.reads_hidden:
             projection = None if around is None else compat.query_projection(around)
             if projection is None:
@@ -167,7 +170,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write key, value [T, H, D] into the cache, unless ``forward`` does it with scores."""
-        if self.scorer is not None and self.scorer.writes_kv:
+        if self.writes_kv:
             return
         self.dense.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
@@ -203,17 +206,14 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
                 self._hidden_checked = True
             return output.zero_()
         m = attn_metadata
+        if self.always_dense:
+            self._attend_densely(layer, query, key, value, kv_cache, m.dense_all, output)
+            return output
         # read where they are: a captured graph follows scales that change
         kv_scales = (layer._k_scale, layer._v_scale) if self.fp8 else None
         numbers = compat.cache_numbers(kv_cache)
-        if not self.always_dense:
-            self._score(key, value, numbers, kv_scales, m)
-        dense = m.dense_all if self.always_dense else m.dense
-        if dense is not None:
-            q = compat.dense_query(self.dense, query, layer) if self.fp8 else query
-            self.dense.forward(layer, q, key, value, kv_cache, dense, output)
-        if self.always_dense:
-            return output
+        self._score(key, value, numbers, kv_scales, m)
+        self._attend_densely(layer, query, key, value, kv_cache, m.dense, output)
         kv_cache = numbers
         if m.cpu_rows:
             self._decode_cpu(query, kv_cache, m, output)
@@ -228,6 +228,22 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         elif m.items is not None:
             self._prefill(query, kv_cache, kv_scales, m, m.items, output)
         return output
+
+    def _attend_densely(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of the queries that read everything, if ``metadata`` says there are any."""
+        if metadata is None:
+            return
+        q = compat.dense_query(self.dense, query, layer) if self.fp8 else query
+        self.dense.forward(layer, q, key, value, kv_cache, metadata, output)
 
     def _score(
         self,

@@ -131,9 +131,9 @@ def attention_module(
         capability = compute_capability(device)
         if engine_of(capability, operation, budget.unit, query.shape[-1], rows) == "fa3":
             impl = "fa3"
-    if impl != "fa3":
-        return implementation(operation, impl, device)
     module = implementation(operation, impl, device)
+    if impl != "fa3":
+        return module
     ok, reason = module.fits(query, key_cache, value_cache, gates, budget)
     if asked:
         require((ok, f"{operation}: impl 'fa3' does not fit: {reason}"))
