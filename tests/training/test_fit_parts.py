@@ -13,8 +13,6 @@ import torch
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.scorers.learned import LearnedScorer
 from vllm_sparsek.training.budgets import (
-    ANSWER_WEIGHT,
-    DAMAGE_STRIDE,
     LEAST_SHARE,
     MOST_SHARE,
     POINTS,
@@ -25,6 +23,7 @@ from vllm_sparsek.training.budgets import (
 )
 from vllm_sparsek.training.capture import attention_hook, load_model
 from vllm_sparsek.training.data import DataError, Text, Window, read_texts, training_windows
+from vllm_sparsek.training.divergence import ANSWER_WEIGHT, STRIDE
 from vllm_sparsek.training.objective import Split, Targets, competitions, dropped, kept_share
 from vllm_sparsek.training.retrieval import FAMILIES, retrieval_window
 from vllm_sparsek.training.solve import SolveSettings, fit_layer, normalised
@@ -267,7 +266,7 @@ def test_damage_is_the_divergence_of_running_with_one_sparse_layer(tmp_path):
     first = budget.first_sparse_position(200)
     for layer in range(3):
         kl = (dense.exp() * (dense - logits(layer))).sum(-1)
-        expected = kl[first::DAMAGE_STRIDE].mean() + ANSWER_WEIGHT * kl[180:184].mean()
+        expected = kl[first::STRIDE].mean() + ANSWER_WEIGHT * kl[180:184].mean()
         assert damage[layer] == pytest.approx(expected.item(), rel=1e-3, abs=1e-7)
         assert damage[layer] > 0
 

@@ -14,6 +14,7 @@ from vllm_sparsek.kernels.prefill.reference import brute_force
 from vllm_sparsek.training import refine, soft
 from vllm_sparsek.training.capture import attention_hook, load_model
 from vllm_sparsek.training.data import Text, Window, refinement_window
+from vllm_sparsek.training.divergence import ANSWER_WEIGHT, STRIDE
 from vllm_sparsek.training.operator import sparsek
 from vllm_sparsek.training.refine import LogitsRefinement, Sampled, refine_outputs
 from vllm_sparsek.training.soft import gates, soft_attention, soft_causal
@@ -188,7 +189,7 @@ def test_the_loss_is_the_divergence_of_sparse_logits_and_falls(model):
             sparse = model(input_ids=ids).logits[0].log_softmax(-1)
     kl = (dense.exp() * (dense - sparse)).sum(-1)
     first = BUDGET.first_sparse_position(N)
-    expected = kl[first :: refine.DAMAGE_STRIDE].mean() + refine.ANSWER_WEIGHT * kl[90:94].mean()
+    expected = kl[first::STRIDE].mean() + ANSWER_WEIGHT * kl[90:94].mean()
     for _ in range(30):
         run.step(start)
     assert run.losses[0] == pytest.approx(expected.item(), rel=1e-3)

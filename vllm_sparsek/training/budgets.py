@@ -22,6 +22,7 @@ from vllm_sparsek.training.capture import (
     outputs_replayed,
 )
 from vllm_sparsek.training.data import Window
+from vllm_sparsek.training.divergence import NextTokens, divergence
 from vllm_sparsek.training.objective import Split, Targets, competitions
 from vllm_sparsek.training.sparse import sparse_attention
 
@@ -35,11 +36,8 @@ MOST_SHARE = 4.0
 STEPS = 64
 # points of the curve of dropped attention
 POINTS = 17
-# tokens of the window that damage is measured on, and every how many of them one is looked at
+# tokens of the window that damage is measured on
 DAMAGE_TOKENS = 4096
-DAMAGE_STRIDE = 8
-# what the answers' divergence counts beside that of all tokens
-ANSWER_WEIGHT = 0.25
 
 
 def curve(scores: torch.Tensor, targets: Targets, share: float, split: Split) -> torch.Tensor:
@@ -84,24 +82,11 @@ def measure_damage(
         budget: of every layer; tick: called after every layer.
 
     Returns:
-        KL divergence in nats, of all tokens plus ``ANSWER_WEIGHT`` times that of answers.
+        ``divergence`` of every layer.
     """
-    ids = torch.tensor(window.ids, device=model.device)[None]
-    answers = [p for first, end in window.answers for p in range(first, end)]
-    first = budget.first_sparse_position(ids.shape[1])
-    plain = torch.arange(first, ids.shape[1], DAMAGE_STRIDE, device=model.device)
-
-    def predict() -> list[torch.Tensor]:
-        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-        head = model.get_output_embeddings()
-        rows = [plain] + ([torch.tensor(answers, device=model.device)] if answers else [])
-        return [head(states[row]).float().log_softmax(-1) for row in rows]
-
-    def divergence(dense: torch.Tensor, sparse: torch.Tensor) -> float:
-        return (dense.exp() * (dense - sparse)).sum(-1).mean().item()
-
+    tokens = NextTokens(model, window, budget)
     with outputs_kept(model) as outputs:
-        dense = predict()
+        dense = tokens.predict()
     damage = []
     for layer in layers:
 
@@ -115,8 +100,8 @@ def measure_damage(
         # the layers before it do what they did
         unchanged = outputs_replayed(model, outputs, layer)
         with layer_inputs(model, hidden) as inputs, attention_hook(only), unchanged:
-            found = [divergence(d, s) for d, s in zip(dense, predict(), strict=True)]
-        damage.append(max(0.0, found[0] + ANSWER_WEIGHT * sum(found[1:])))
+            found = divergence(dense, tokens.predict())
+        damage.append(max(0.0, found.item()))
         tick()
     return damage
 

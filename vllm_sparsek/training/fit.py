@@ -259,8 +259,11 @@ class _Run:
                     self._fit_layer(layer)
             self._say(layer)
 
+    def _report(self, layer: int) -> LayerReport:
+        return LayerReport(**self.store.record(f"layer-{layer}"))
+
     def _say(self, layer: int) -> None:
-        report = LayerReport(**self.store.record(f"layer-{layer}"))
+        report = self._report(layer)
         refined = report.refinement
         self.progress.say(
             f"layer {layer}: loss {report.loss:.4f}; at {SHARE:.0%} of the context keeps "
@@ -345,13 +348,12 @@ class _Run:
                 self.store.write("refine", training.state(), training.losses)
             self.progress.say(f"divergence from dense {fmean(training.losses[done:]):.4f}")
         for layer, scorer in scorers.items():
-            before = LayerReport(**self.store.record(f"layer-{layer}"))
-            self._keep(layer, scorer, before.losses, [])
+            self._keep(layer, scorer, self._report(layer).losses, [])
             self._say(layer)
 
     def report(self) -> FitReport:
         """How everything went so far."""
-        layers = [LayerReport(**self.store.record(f"layer-{layer}")) for layer in self.layers]
+        layers = [self._report(layer) for layer in self.layers]
         if self.store.has("refine"):
             return FitReport(layers, self.store.record("refine"))
         steps = zip(*(report.refinement for report in layers), strict=True)

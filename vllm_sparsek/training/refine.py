@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
-from vllm_sparsek.training.budgets import ANSWER_WEIGHT, DAMAGE_STRIDE
 from vllm_sparsek.training.capture import attention_hook, layer_inputs, layers_recomputed
 from vllm_sparsek.training.data import Window
+from vllm_sparsek.training.divergence import NextTokens, divergence
 from vllm_sparsek.training.soft import soft_attention, soft_causal
 from vllm_sparsek.training.solve import LayerScorer
 
@@ -116,8 +116,7 @@ class LogitsRefinement:
     """Trains the scorers of all layers by what the model's next tokens lose.
 
     Attributes:
-        losses: of every step so far: KL divergence from dense in nats with all layers sparse, of
-            all tokens plus ``ANSWER_WEIGHT`` times that of answers.
+        losses: of every step so far: ``divergence`` from dense with all layers sparse.
     """
 
     def __init__(
@@ -181,18 +180,7 @@ class LogitsRefinement:
 
     def _backward(self, window: Window) -> float:
         """Add the gradient of a window's loss, and return the loss."""
-        ids = torch.tensor(window.ids, device=self.model.device)[None]
-        n = ids.shape[1]
-        first = self.budget.first_sparse_position(n)
-        rows = [torch.arange(first, n, DAMAGE_STRIDE, device=ids.device)]
-        if window.answers:
-            answers = [p for low, end in window.answers for p in range(low, end)]
-            rows.append(torch.tensor(answers, device=ids.device))
-
-        def predict() -> list[torch.Tensor]:
-            states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-            head = self.model.get_output_embeddings()
-            return [head(states[row]).float().log_softmax(-1) for row in rows]
+        tokens = NextTokens(self.model, window, self.budget)
 
         def attend(
             layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -205,12 +193,10 @@ class LogitsRefinement:
             return soft_causal(query, key, value, scorer(x)[:, 0], self.budget, scale)
 
         with torch.no_grad():
-            dense = predict()
+            dense = tokens.predict()
         hooks = attention_hook(attend), layers_recomputed(self.model)
         with layer_inputs(self.model, self.hidden) as inputs, hooks[0], hooks[1]:
-            sparse = predict()
-            found = [(d.exp() * (d - s)).sum(-1).mean() for d, s in zip(dense, sparse, strict=True)]
-            loss = found[0] + ANSWER_WEIGHT * sum(found[1:])
+            loss = divergence(dense, tokens.predict())
             # in here: the layers run again, and attend as they did
             loss.backward()
         return loss.item()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.training.operator import prefix_threshold
+from vllm_sparsek.training.sparse import dense_attention
 
 # queries at once: later ones need not look at what lies behind earlier ones
 CHUNK = 512
@@ -87,12 +88,9 @@ def soft_causal(
 
     Args and result as of ``sparse.sparse_attention``, to which it is equal.
     """
-    n, group = key.shape[1], query.shape[0] // key.shape[0]
+    n = key.shape[1]
     first = budget.first_sparse_position(n)
-    dense = F.scaled_dot_product_attention(
-        query[None, :, :first], key.repeat_interleave(group, 0)[None, :, :first],
-        value.repeat_interleave(group, 0)[None, :, :first], is_causal=True, scale=scale,
-    )[0]  # fmt: skip
+    dense = dense_attention(query[:, :first], key[:, :first], value[:, :first], scale)
     sparse = [
         soft_attention(query[:, at], at, key, value, scores, budget, scale)
         for at in torch.arange(first, n, device=query.device).split(CHUNK)

@@ -12,6 +12,15 @@ from vllm_sparsek.kernels.select import api as select_api
 PAGE = 64
 
 
+def dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention of query [Hq, n, D] over key, value [H, n, D]: [Hq, n, D]."""
+    group = query.shape[0] // key.shape[0]
+    key, value = (t.repeat_interleave(group, 0)[None] for t in (key, value))
+    return F.scaled_dot_product_attention(query[None], key, value, is_causal=True, scale=scale)[0]
+
+
 def sparse_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -33,11 +42,7 @@ def sparse_attention(
     """
     heads, n, _ = key.shape
     first = budget.first_sparse_position(n)
-    group = query.shape[0] // heads
-    dense = F.scaled_dot_product_attention(
-        query[None, :, :first], key.repeat_interleave(group, 0)[None, :, :first],
-        value.repeat_interleave(group, 0)[None, :, :first], is_causal=True, scale=scale,
-    )[0]  # fmt: skip
+    dense = dense_attention(query[:, :first], key[:, :first], value[:, :first], scale)
     if first >= n:
         return dense
     pages = -(-n // PAGE)
