@@ -41,6 +41,12 @@ def prompt(seed: int, length: int) -> dict[str, Any]:
     return {"prompt_token_ids": [draw.randrange(10, 128000) for _ in range(length)]}
 
 
+def batch(name: str) -> list[dict[str, Any]]:
+    """The prompts of a batch such as 16x32768: requests x context."""
+    rows, length = map(int, name.split("x"))
+    return [prompt(100 * length + 10 * rows + i, length) for i in range(rows)]
+
+
 def random_scorer(folder: str) -> str:
     """A scorer file as `vllm-sparsek fit` writes them by default, of random weights."""
     import torch
@@ -164,8 +170,8 @@ def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]
     # kernels are compiled before anything is timed
     run([prompt(999, 20000), prompt(998, 9000)], 4)
     for name in os.environ.get("LLAMA_CASES", CASES).split(","):
-        rows, length = map(int, name.split("x"))
-        prompts = [prompt(100 * length + 10 * rows + i, length) for i in range(rows)]
+        prompts = batch(name)
+        read = sum(len(p["prompt_token_ids"]) for p in prompts)
         _, prefill = run(prompts, 1)
         run(prompts, 4)
         tokens, few = min((run(prompts, 8) for _ in range(2)), key=lambda r: r[1])
@@ -173,11 +179,10 @@ def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]
         result[f"prefill_s_{name}"] = prefill
         result[f"decode_ms_{name}"] = (many - few) / 64 * 1e3
         result[f"tokens_{name}"] = tokens
-        print(name, f"prefill {rows * length / prefill:.0f} tok/s,",
+        print(name, f"prefill {read / prefill:.0f} tok/s,",
               f"decode {result[f'decode_ms_{name}']:.2f} ms a step", flush=True)  # fmt: skip
     if profiled:
-        rows, length = map(int, profiled.split("x"))
-        prompts = [prompt(100 * length + 10 * rows + i, length) for i in range(rows)]
+        prompts = batch(profiled)
         run(prompts, 4)
         # one step that reads the end of the prompts, then decode steps
         llm.start_profile()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 
+import test_write
 import torch
 from caches import NAN, build, chosen, items_of, paged_view, quantised, slots
 
@@ -58,6 +59,15 @@ def score(head_dim: int, page: int) -> None:
         results.append((written, scores, anchors))
     for name, expected, got in zip(("write", "keydiff", "anchors"), *results, strict=True):
         compare(f"{name} D={head_dim} page={page}", got, expected, 1e-4)
+
+
+def write(name: str) -> None:
+    """write_tokens, the cases of its tests."""
+    case = test_write.CASES[name]
+    expected = test_write.run(case, "reference", torch.device("cpu"))
+    got = test_write.run(case, "triton", DEVICE)
+    compare(f"write {name}: keys, values", got[0], expected[0], 0)
+    compare(f"write {name}: scores", got[1], expected[1], 1e-4)
 
 
 def by_query(head_dim: int, page: int, group: int, budget: Budget) -> None:
@@ -174,6 +184,8 @@ def main() -> int:
         print("needs a CUDA GPU")
         return 1
     torch.manual_seed(0)
+    for name in test_write.CASES:
+        write(name)
     score(128, 16)
     score(80, 48)
     by_query(128, 16, 4, Budget(64, 16, 4, 1, 16))
