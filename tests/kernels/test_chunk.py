@@ -10,7 +10,6 @@ from caches import build, items_of
 
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.select import api, reference
-from vllm_sparsek.kernels.select import triton as kernels
 from vllm_sparsek.kernels.select.chunk import ChunkBases
 
 BUDGET = Budget(k=24, window=16, sinks=3, refresh=16)
@@ -61,12 +60,9 @@ def run(paged, row, position, bases, budget, soft=False):
     return units.cpu()
 
 
-@pytest.mark.parametrize("segment", [40, 1000], ids=["segments", "one segment"])
 @pytest.mark.parametrize("levels", [None, 4], ids=["random", "ties"])
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
-def test_the_selection_is_that_of_every_item_alone(budget, levels, segment, device, monkeypatch):
-    monkeypatch.setattr(kernels, "SEGMENT_TOKENS", segment)
-    monkeypatch.setattr(kernels, "SEGMENT_PAGES", segment // 8)
+def test_the_selection_is_that_of_every_item_alone(budget, levels, device):
     paged = build(LENGTHS, 2, 8, 16, levels=levels)
     row, position, bases = chunk_items(budget)
     width = budget.max_units(max(LENGTHS))

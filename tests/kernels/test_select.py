@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.select import api, reference
+from vllm_sparsek.kernels.select import triton as kernels
 
 PAGE_TOLERANCE = 1e-5  # of a pooled score: sums of exponentials in another order
 GATE_TOLERANCE = 1e-5
@@ -292,6 +293,39 @@ def test_soft_gates_are_one_where_scores_of_minus_infinity_find_room(device):
         units, gates = run(paged.to(device), row, position, budget, True, extra=0, impl=impl)
         assert (units < 80).sum() == 60 - 26
         assert (gates == 1).all()
+
+
+SIFTED = {
+    "random": lambda n: torch.randn(n),
+    "rising": lambda n: torch.arange(n) * 1.0,
+    "falling": lambda n: -torch.arange(n) * 1.0,
+    "equal": lambda n: torch.ones(n),
+    "few levels": lambda n: torch.randint(0, 3, (n,)) * 1.0,
+    # what the sample sees is higher than all else, and less than what is kept
+    "sample above": lambda n: torch.randn(n) + 100.0 * (torch.arange(n) % 15 == 0),
+    "sample below": lambda n: torch.randn(n) - 100.0 * (torch.arange(n) % 15 == 0),
+    "no scores": lambda n: torch.full((n,), float("-inf")),
+}
+
+
+@pytest.mark.parametrize("unit", [1, 16], ids=["tokens", "pages"])
+@pytest.mark.parametrize("scores", SIFTED.values(), ids=SIFTED.keys())
+def test_long_contexts_are_sifted_to_the_references_selection(scores, unit, device, monkeypatch):
+    monkeypatch.setattr(kernels, "TOKEN_BLOCK", 64)
+    monkeypatch.setattr(kernels, "PAGE_FOLD_BLOCK", 4)
+    n = 1000 * unit
+    paged = build([n], 1, 8, 16)
+    of_unit = scores(n // unit).repeat_interleave(unit)
+    pages = torch.nn.functional.pad(of_unit, (0, -n % 16)).view(-1, 16)
+    paged.scores[paged.block_table[0, : len(pages)].long(), 0] = pages
+    row, position = items_of([(0, n - 1), (0, n // 2), (-1, 0)])
+    for k in (1, 30):
+        budget = Budget(k=k * unit, window=20, sinks=3, refresh=1, unit=unit)
+        expected, _ = reference.select(
+            paged.scores, paged.block_table, row, position, budget, "max"
+        )
+        units, _ = run(paged.to(device), row, position, budget, pooling="max", extra=0)
+        assert torch.equal(units, expected)
 
 
 @pytest.mark.gpu

@@ -40,8 +40,8 @@ struct ItemsArguments {
 
 struct SelectArguments {
   CUdeviceptr scores_ptr, block_table_ptr, item_row_ptr, item_position_ptr, units_ptr, gates_ptr;
-  // of selections kept from step to step or begun for several items at once: not used here
-  CUdeviceptr stamps_ptr, step_ptr, base_ptr, base_bounds_ptr, item_base_ptr;
+  // of selections kept from step to step, begun for several items at once or sifted: not used here
+  CUdeviceptr stamps_ptr, step_ptr, base_ptr, base_bounds_ptr, item_base_ptr, room_ptr;
   int32_t first_unit, window, refresh, k;
   int64_t share_bits;
   int32_t max_units;
@@ -382,6 +382,7 @@ CUresult attention_forward(const AttentionParams& params, CUstream stream) {
   s.base_ptr = units;
   s.base_bounds_ptr = i.item_row_ptr;
   s.item_base_ptr = i.item_row_ptr;
+  s.room_ptr = units;
   s.first_unit = plan.first_unit;
   s.window = p.window;
   s.refresh = p.refresh;

@@ -256,10 +256,8 @@ def best_of_tile(b_key, keep):
 
 
 @triton.jit
-def fold_best(
+def best_of(
     keep,
-    low,
-    held,  # units of the running best that are in p_units already
     p_list,
     listed,
     fresh,
@@ -267,6 +265,121 @@ def fold_best(
     p_scores,  # one head of the score cache
     p_table,
     stride_block,
+    p_units,  # written
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    POOLING: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes the best ``keep`` units of a stream that fits into a tile, ascending.
+
+    ``p_list`` may be ``p_units``: no unit moves up, and cumsum is a barrier between all reads and
+    any write.
+
+    Returns:
+        how many were written, and the lowest key among them.
+    """
+    o_b = tl.arange(0, BLOCK)
+    o_u, m_u = streamed_units(o_b, p_list, listed, fresh, end, LISTED)
+    b_z = load_unit_scores(o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK)
+    # no score has the key 0
+    b_key = tl.where(m_u, ordered_key(b_z), 0)
+    wanted = tl.minimum(keep, tl.sum(m_u.to(tl.int32), 0))
+    threshold, ties = best_of_tile(b_key, wanted)
+    take(o_u, m_u, b_z, b_key, threshold, ties, 0, 0, wanted, 0.0, 0.0, p_units, p_units, False)
+    return wanted, threshold
+
+
+@triton.jit
+def sift(
+    keep,
+    length,
+    p_list,
+    listed,
+    fresh,
+    end,
+    p_scores,  # one head of the score cache
+    p_table,
+    stride_block,
+    p_room,  # [BLOCK] int32, written
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    POOLING: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes units of a stream of ``length`` to ``p_room``, ascending, the best ``keep`` among them.
+
+    A sample of the stream says which scores cannot be among the best, so that one look at
+    the others mostly leaves fewer than BLOCK. Where more are left, all but the best are
+    thrown out on the way; where too few, the sample was not like the rest, and all are
+    looked at again. ``keep`` is at most BLOCK / 2.
+
+    Returns:
+        how many were written.
+    """
+    STEP: tl.constexpr = BLOCK // 2
+    o_b = tl.arange(0, STEP)
+    floor = tl.full([], 0, tl.uint32)  # only keys above it are candidates
+    if length > BLOCK:
+        o_s = o_b * (length // STEP)
+        o_u, m_u = streamed_units(o_s, p_list, listed, fresh, end, LISTED)
+        b_z = load_unit_scores(o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, STEP)
+        # as far from too few as from too many
+        aim = tl.sqrt((keep * BLOCK).to(tl.float32)) / length.to(tl.float32)
+        rank = tl.maximum((aim * STEP).to(tl.int32), 1)
+        lowest, _ = best_of_tile(tl.where(m_u, ordered_key(b_z), 0), rank)
+        floor = tl.maximum(lowest, tl.full([], 1, tl.uint32)) - 1
+    count = keep * 0
+    while count < keep:
+        count = keep * 0
+        o_next, m_next = streamed_units(o_b, p_list, listed, fresh, end, LISTED)
+        b_next = load_unit_scores(
+            o_next, m_next, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, STEP
+        )
+        start = keep * 0
+        while start < length:
+            m_u = m_next
+            o_u = o_next
+            b_key = tl.where(m_u, ordered_key(b_next), 0)
+            # the next scores come while these are looked at
+            start += STEP
+            o_next, m_next = streamed_units(start + o_b, p_list, listed, fresh, end, LISTED)
+            b_next = load_unit_scores(
+                o_next, m_next, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, STEP
+            )
+            b_take = (b_key > floor).to(tl.int32)
+            found = tl.sum(b_take, 0)
+            if count + found > BLOCK:
+                # what one thread wrote, another reads
+                tl.debug_barrier()
+                count, floor = best_of(
+                    keep, p_room, count, end, end, p_scores, p_table, stride_block, p_room, PAGE,
+                    UNIT, POOLING, True, BLOCK,
+                )  # fmt: skip
+                # of equal scores the earlier ones are kept
+                b_take = (b_key > floor).to(tl.int32)
+                found = tl.sum(b_take, 0)
+            tl.store(p_room + count + tl.cumsum(b_take, 0) - b_take, o_u, mask=b_take == 1)
+            count += found
+        floor = tl.full([], 0, tl.uint32)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def fold_best(
+    keep,
+    low,
+    p_list,
+    listed,
+    fresh,
+    end,
+    p_scores,  # one head of the score cache
+    p_table,
+    stride_block,
+    p_room,  # [ROOM] int32, written
     p_units,  # [K] int32, written
     max_units,  # K
     PAGE: tl.constexpr,
@@ -274,41 +387,31 @@ def fold_best(
     POOLING: tl.constexpr,
     LISTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROOM: tl.constexpr,
 ):
-    """The best ``keep`` units of ``low``..``end``, ascending, padded with -1.
+    """The best ``keep`` units of a stream, which holds those of ``low``..``end``; padded with -1.
 
-    They are the best of the ``held`` units and of a stream of later ones (see
-    ``streamed_units``), found in rounds: of the running best and as much of the stream as fills a
-    tile, the best are kept. ``keep`` must leave room in the tile.
+    A stream longer than BLOCK is sifted first. ``p_list`` may be ``p_units``.
     """
-    o_b = tl.arange(0, BLOCK)
     length = listed + end - fresh
-    taken = keep * 0
-    more = keep < end - low
+    written = keep
     if keep == end - low:
         write_whole(low, keep, p_units, p_units, False, BLOCK)
-        held = keep
-    while more:
-        o_s = taken + o_b - held
-        o_u, m_u = streamed_units(o_s, p_list, listed, fresh, end, LISTED)
-        m_held = o_b < held
-        o_u = tl.where(m_held, tl.load(p_units + o_b, mask=m_held, other=0), o_u)
-        m_u = m_u | m_held
-        b_z = load_unit_scores(
-            o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
-        )
-        # no score has the key 0
-        b_key = tl.where(m_u, ordered_key(b_z), 0)
-        wanted = tl.minimum(keep, tl.sum(m_u.to(tl.int32), 0))
-        threshold, ties = best_of_tile(b_key, wanted)
-        # in place: no unit moves up, and cumsum is a barrier between all reads and any write
-        take(o_u, m_u, b_z, b_key, threshold, ties, 0, 0, wanted, 0.0, 0.0, p_units, p_units, False)
-        taken += BLOCK - held
-        more = taken < length
-        held = wanted
-        # what one thread wrote, another reads in the next round
-        tl.debug_barrier()
-    write_padding(held, max_units, p_units, p_units, False, BLOCK)
+    elif length <= BLOCK:
+        written, _ = best_of(
+            keep, p_list, listed, fresh, end, p_scores, p_table, stride_block, p_units, PAGE, UNIT,
+            POOLING, LISTED, BLOCK,
+        )  # fmt: skip
+    else:
+        found = sift(
+            keep, length, p_list, listed, fresh, end, p_scores, p_table, stride_block, p_room, PAGE,
+            UNIT, POOLING, LISTED, ROOM,
+        )  # fmt: skip
+        written, _ = best_of(
+            keep, p_room, found, end, end, p_scores, p_table, stride_block, p_units, PAGE, UNIT,
+            POOLING, True, ROOM,
+        )  # fmt: skip
+    write_padding(written, max_units, p_units, p_units, False, BLOCK)
 
 
 @triton.jit

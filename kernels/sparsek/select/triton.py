@@ -1,4 +1,4 @@
-"""Exact top-k of static scores: radix select, then one ordered compaction."""
+"""Exact top-k of static scores: what may be among the best is sifted out, and its best found."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.kernels.select.device import fold_best, radix_best
 from vllm_sparsek.kernels.select.memo import SelectionMemo
 
-TOKEN_BLOCK = 4096  # token scores per step, at least
-MAX_FOLD = 8192  # units kept that leave room for as many more in a tile
-# pages per step; at least one per thread, since every page score lives in one thread
+TOKEN_BLOCK = 4096  # token scores per tile, at least
+MAX_FOLD = 8192  # tokens kept that leave room for as many more in a tile
+MAX_ROOM = 16384
+# pages per tile; at least one per thread, since every page score lives in one thread
 PAGE_BLOCK = 128
 PAGE_WARPS = 4
-# units that one program looks through for a chunk's base
-SEGMENT_TOKENS = 16384
-SEGMENT_PAGES = 1024
+PAGE_FOLD_BLOCK = 256
+MAX_FOLD_PAGES = 512
 
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units"])
@@ -45,6 +45,7 @@ def select_fwd_kernel(
     base_ptr,  # [bases, H, K] int32 (BASE)
     base_bounds_ptr,  # [bases, 3] int32 (BASE)
     item_base_ptr,  # [items] int32 (BASE)
+    room_ptr,  # [items, H, ROOM] int32 (FOLD), for streams longer than BLOCK
     first_unit,
     window,
     refresh,
@@ -64,6 +65,7 @@ def select_fwd_kernel(
     BASE: tl.constexpr,
     FOLD: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROOM: tl.constexpr,
 ):
     """Kept units, ascending, of one (item, KV head).
 
@@ -92,7 +94,6 @@ def select_fwd_kernel(
         p_scores += i_i.to(tl.int64) * stride_score_block
 
     p_list = p_units
-    held = keep * 0
     listed = keep * 0
     fresh = keep * 0 + first_unit
     if MEMO:
@@ -127,10 +128,7 @@ def select_fwd_kernel(
         # the list grows. Gates depend on units that are not in the list
         if same_request & (keep <= kept_units) & (not SOFT):
             fresh = kept_end
-            if FOLD:
-                held = kept_units
-            else:
-                listed = kept_units
+            listed = kept_units
     if BASE:
         i_base = tl.load(item_base_ptr + i_i)
         p_list = base_ptr + (i_base.to(tl.int64) * tl.num_programs(1) + i_h) * max_units
@@ -139,9 +137,11 @@ def select_fwd_kernel(
         listed = tl.minimum(tl.minimum(base_keep, max_units), base_end - first_unit)
         fresh = base_end
     if FOLD:
+        i_room = i_i.to(tl.int64) * tl.num_programs(1) + i_h
         fold_best(
-            keep, first_unit, held, p_list, listed, fresh, end, p_scores, p_table,
-            stride_score_block, p_units, max_units, PAGE, UNIT, POOLING, BASE, BLOCK,
+            keep, first_unit, p_list, listed, fresh, end, p_scores, p_table, stride_score_block,
+            room_ptr + i_room * ROOM, p_units, max_units, PAGE, UNIT, POOLING, MEMO or BASE, BLOCK,
+            ROOM,
         )  # fmt: skip
     else:
         radix_best(
@@ -150,60 +150,51 @@ def select_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "segment", "segments"])
+@triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units"])
 def base_fwd_kernel(
     scores_ptr,  # [num_blocks, H, page] float32
     block_table_ptr,  # [rows, max_blocks] int32
     base_bounds_ptr,  # [bases, 3] int32
-    list_ptr,  # [bases, H, segments, K] int32 (UNION)
-    units_ptr,  # [bases, H, programs, K] int32
+    units_ptr,  # [bases, H, K] int32
+    room_ptr,  # [bases, H, ROOM] int32 (FOLD), for streams longer than BLOCK
     first_unit,
     window,
     k,
     share_bits,
     max_units,  # K
-    segment,  # units of one
-    segments,
     stride_score_block,
     stride_score_head,
     stride_table_row,
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
     POOLING: tl.constexpr,
-    UNION: tl.constexpr,
     FOLD: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROOM: tl.constexpr,
 ):
-    """What a base keeps of one segment of its units, or (UNION) of all segments' lists."""
-    i_b, i_h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """The best units of one (base, KV head), ascending, padded with -1."""
+    i_b, i_h = tl.program_id(0), tl.program_id(1)
     k, share_bits = of_head(k, i_h), of_head(share_bits, i_h)
     i_base = i_b.to(tl.int64) * tl.num_programs(1) + i_h
     row = tl.load(base_bounds_ptr + i_b * 3)
     end = end_unit(tl.load(base_bounds_ptr + i_b * 3 + 1), first_unit, window, UNIT)
     keep = units_kept(tl.load(base_bounds_ptr + i_b * 3 + 2), k, share_bits, UNIT)
-    low = first_unit + i_s * segment
-    p_list = list_ptr + i_base * segments * max_units
-    held = keep * 0
+    keep = tl.minimum(tl.minimum(keep, max_units), end - first_unit)
     listed = keep * 0
-    if UNION:
-        listed += segments * max_units
-        fresh = end
-    else:
-        end = tl.maximum(low, tl.minimum(end, low + segment))
-        fresh = low
-    keep = tl.minimum(tl.minimum(keep, max_units), end - low)
     p_scores = scores_ptr + i_h.to(tl.int64) * stride_score_head
     p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
-    p_units = units_ptr + (i_base * tl.num_programs(2) + i_s) * max_units
+    p_units = units_ptr + i_base * max_units
     if FOLD:
         fold_best(
-            keep, low, held, p_list, listed, fresh, end, p_scores, p_table,
-            stride_score_block, p_units, max_units, PAGE, UNIT, POOLING, UNION, BLOCK,
+            keep, first_unit, p_units, listed, first_unit, end, p_scores, p_table,
+            stride_score_block, room_ptr + i_base * ROOM, p_units, max_units, PAGE, UNIT, POOLING,
+            False, BLOCK, ROOM,
         )  # fmt: skip
     else:
         radix_best(
-            keep, low, p_list, listed, fresh, end, p_scores, p_table, stride_score_block,
-            p_units, p_units, max_units, PAGE, UNIT, POOLING, False, UNION, BLOCK,
+            keep, first_unit, p_units, listed, first_unit, end, p_scores, p_table,
+            stride_score_block, p_units, p_units, max_units, PAGE, UNIT, POOLING, False, False,
+            BLOCK,
         )  # fmt: skip
 
 
@@ -218,12 +209,24 @@ def _tile(
     unit: int, pooling: str, soft: bool, width: int | None
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Constexprs and options of the kernels that keep up to ``width`` units (None: any number)."""
-    if unit > 1 and pooling != "none":
-        return {"FOLD": False, "BLOCK": PAGE_BLOCK}, {"num_warps": PAGE_WARPS}
-    if soft or width is None or width > MAX_FOLD:
-        return {"FOLD": False, "BLOCK": TOKEN_BLOCK}, {"num_warps": TOKEN_BLOCK // 512}
-    block = max(TOKEN_BLOCK, triton.next_power_of_2(2 * width))
-    return {"FOLD": True, "BLOCK": block}, {"num_warps": block // 512}
+    pages = unit > 1 and pooling != "none"
+    if soft or width is None or width > (MAX_FOLD_PAGES if pages else MAX_FOLD):
+        block, warps = (PAGE_BLOCK, PAGE_WARPS) if pages else (TOKEN_BLOCK, TOKEN_BLOCK // 512)
+        return {"FOLD": False, "BLOCK": block, "ROOM": 0}, {"num_warps": warps}
+    block = max(PAGE_FOLD_BLOCK if pages else TOKEN_BLOCK, triton.next_power_of_2(2 * width))
+    room = min(2 * block, MAX_ROOM)
+    # 16 loads a thread and step, of one score or of a page's
+    return (
+        {"FOLD": True, "BLOCK": block, "ROOM": room},
+        {"num_warps": max(PAGE_WARPS, room // 64 if pages else room // 512)},
+    )
+
+
+def _room(tile: dict[str, Any], units_out: torch.Tensor, competing: int) -> torch.Tensor:
+    """Where streams are sifted: [items, H, ROOM] int32, or anything where none is that long."""
+    if not tile["FOLD"] or competing + units_out.shape[2] <= tile["BLOCK"]:
+        return units_out
+    return units_out.new_empty((*units_out.shape[:2], tile["ROOM"]))
 
 
 def shares_base(unit: int, width: int, competing: int) -> bool:
@@ -254,6 +257,7 @@ def select(
     if items == 0:
         return
     tile, options = _tile(budget.unit, pooling, soft, width)
+    competing = block_table.shape[1] * scores.shape[2] // budget.unit
     base, base_bounds, item_base = units_out, item_row, item_row
     if bases is not None:
         base = _base_lists(scores, block_table, bases, budget, pooling, width)
@@ -262,7 +266,8 @@ def select(
         scores, block_table, item_row, item_position,
         units_out, gates_out if soft else units_out,
         memo.stamps if memo is not None else units_out, memo.step if memo is not None else item_row,
-        base, base_bounds, item_base, *budget_arguments(budget, scores.device), width,
+        base, base_bounds, item_base, _room(tile, units_out, competing),
+        *budget_arguments(budget, scores.device), width,
         scores.stride(0), scores.stride(1), block_table.stride(0),
         units_out.stride(0), units_out.stride(1),
         PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
@@ -279,28 +284,20 @@ def _base_lists(
     pooling: str,
     width: int,
 ) -> torch.Tensor:
-    """[bases, H, width] int32: the best units of every base, found segment by segment."""
+    """[bases, H, width] int32: the best units of every base."""
     tile, options = _tile(budget.unit, pooling, False, width)
-    segment = SEGMENT_TOKENS if budget.unit == 1 else SEGMENT_PAGES
-    competing = budget.units_competing(bases.longest)
-    segments = max(1, -(-competing // segment))
     first_unit, window, _, k, share_bits = budget_arguments(budget, scores.device)
-    count, heads = bases.bounds.shape[0], scores.shape[1]
-
-    def launch(lists: torch.Tensor, programs: int, union: bool) -> torch.Tensor:
-        shape = (count, heads, programs, width)
-        units = torch.empty(shape, dtype=torch.int32, device=scores.device)
-        base_fwd_kernel[(count, heads, programs)](
-            scores, block_table, bases.bounds, lists, units,
-            first_unit, window, k, share_bits, width, segment, segments,
-            scores.stride(0), scores.stride(1), block_table.stride(0),
-            PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
-            POOLING=pooling, UNION=union, **tile, **options,
-        )  # fmt: skip
-        return units
-
-    units = launch(bases.bounds, segments, False)
-    return units[:, :, 0] if segments == 1 else launch(units, 1, True)[:, :, 0]
+    shape = (bases.bounds.shape[0], scores.shape[1], width)
+    units = torch.empty(shape, dtype=torch.int32, device=scores.device)
+    base_fwd_kernel[shape[:2]](
+        scores, block_table, bases.bounds, units,
+        _room(tile, units, budget.units_competing(bases.longest)),
+        first_unit, window, k, share_bits, width,
+        scores.stride(0), scores.stride(1), block_table.stride(0),
+        PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
+        POOLING=pooling, **tile, **options,
+    )  # fmt: skip
+    return units
 
 
 def select_scored(
@@ -322,7 +319,8 @@ def select_scored(
     tile, options = _tile(budget.unit, "none", False, width)
     select_fwd_kernel[(items, heads)](
         unit_scores, item_row, item_row, item_position, units_out, units_out, units_out, item_row,
-        units_out, item_row, item_row, *budget_arguments(budget, units_out.device), width,
+        units_out, item_row, item_row, _room(tile, units_out, unit_scores.shape[2]),
+        *budget_arguments(budget, units_out.device), width,
         unit_scores.stride(0), unit_scores.stride(1), 0,
         units_out.stride(0), units_out.stride(1),
         PAGE=budget.unit, UNIT=budget.unit, POOLING="none", SOFT=False, MEMO=False, BASE=False,
@@ -331,7 +329,7 @@ def select_scored(
 
 
 _TYPES = (
-    "*fp32 *i32 *i32 *i32 *i32 *fp32 *i32 *i32 *i32 *i32 *i32 "
+    "*fp32 *i32 *i32 *i32 *i32 *fp32 *i32 *i32 *i32 *i32 *i32 *i32 "
     "i32 i32 i32 i32 i64 i32 i64 i32 i32 i64 i32"
 )
 
@@ -351,11 +349,11 @@ def compile_case(
     return select_fwd_kernel, _TYPES, constexprs, options
 
 
-def base_case(page: int, unit: int, union: bool) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
+def base_case(page: int, unit: int) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
     """One variant of ``base_fwd_kernel``."""
     tile, options = _tile(unit, "lse", False, 2048 // unit)
-    types = "*fp32 *i32 *i32 *i32 *i32 i32 i32 i32 i64 i32 i32 i32 i64 i32 i32"
-    constexprs = {"PAGE": page, "UNIT": unit, "POOLING": "lse", "UNION": union, **tile}
+    types = "*fp32 *i32 *i32 *i32 *i32 i32 i32 i32 i64 i32 i32 i32 i32"
+    constexprs = {"PAGE": page, "UNIT": unit, "POOLING": "lse", **tile}
     return base_fwd_kernel, types, constexprs, options
 
 
@@ -370,6 +368,7 @@ COMPILE_CASES = [
             (16, 1, "lse", False, "base", 2048),
             (16, 16, "lse", False, "memo", 128),
             (16, 16, "lse", False, "base", 128),
+            (16, 16, "lse", False, "memo", None),
             (128, 128, "lse", True, "", 16),
             (32, 32, "mean", False, "", 64),
             (32, 32, "max", False, "", 64),
@@ -390,6 +389,6 @@ COMPILE_CASES = [
             (32, 1, "lse", False, "base", 2048),
         ]
     ),
-    *(base_case(*case, union) for case in ((16, 1), (16, 16), (0, 1)) for union in (False, True)),
-    *(of_heads(base_case(32, 1, union)) for union in (False, True)),
+    *(base_case(*case) for case in ((16, 1), (16, 16), (0, 1))),
+    of_heads(base_case(32, 1)),
 ]
