@@ -1,12 +1,18 @@
-"""What the metadata builder makes of prefill rows: items of one selection each, and their bases."""
+"""What the metadata builder makes of prefill rows: items, their bases, requests read densely."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_sparsek.attention.metadata import LEAST_PER_BASE, SparseKMetadataBuilder
+from vllm_sparsek import compat
+from vllm_sparsek.attention.metadata import (
+    LEAST_PER_BASE,
+    SparseKMetadataBuilder,
+    dense_requests,
+)
 from vllm_sparsek.config import SparseKConfig
 
 R = 16
@@ -57,3 +63,34 @@ def test_no_base_is_made_where_none_is_used_or_too_few_items_share_it(builder, s
     found = items_of(builder, [(320, 320 + items * R)])
     assert found.row.numel() == items
     assert found.bases is None
+
+
+def test_queries_that_read_sparsely_are_requests_of_their_own_for_the_dense_path():
+    # decode rows, dense and sparse; a prompt that becomes sparse at 30; prompts wholly one or other
+    chunks = [(20, 21), (99, 100), (10, 50), (0, 30), (64, 80), (30, 30)]
+    starts, ends = (np.array(part) for part in zip(*chunks, strict=True))
+    in_batch = np.concatenate([[0], (ends - starts).cumsum()])
+    begin, length, row = dense_requests(in_batch, ends, np.full(len(ends), 30))
+    assert begin.tolist() == [0, 1, 2, 22, 42, 72, 88]
+    assert length.tolist() == [21, 0, 30, 0, 30, 0]
+    assert row.tolist() == [0, 1, 2, 2, 3, 4]
+
+
+def test_a_batch_is_cut_into_requests():
+    table = torch.arange(12, dtype=torch.int32).view(3, 4)
+    common = CommonAttentionMetadata(
+        query_start_loc=torch.tensor([0, 1, 41, 57], dtype=torch.int32),
+        query_start_loc_cpu=torch.tensor([0, 1, 41, 57], dtype=torch.int32),
+        seq_lens=torch.tensor([21, 50, 80], dtype=torch.int32), num_reqs=3, num_actual_tokens=57,
+        max_query_len=40, max_seq_len=80, block_table_tensor=table,
+        slot_mapping=torch.arange(57),
+    )  # fmt: skip
+    starts, lengths, rows = np.array([0, 1, 21, 41, 57]), np.array([21, 30, 0, 0]), [0, 1, 1, 2]
+    found = compat.with_requests(common, starts, lengths, np.array(rows))
+    assert found.num_reqs == 4
+    assert found.num_actual_tokens == 57
+    assert (found.max_query_len, found.max_seq_len) == (20, 30)
+    assert found.query_start_loc.tolist() == found.query_start_loc_cpu.tolist() == starts.tolist()
+    assert found.query_start_loc.dtype == found.seq_lens.dtype == torch.int32
+    assert found.seq_lens.tolist() == found.seq_lens_cpu_upper_bound.tolist() == lengths.tolist()
+    assert torch.equal(found.block_table_tensor, table[rows])

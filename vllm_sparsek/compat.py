@@ -341,6 +341,36 @@ def cpu_kernel_isa(dtype: torch.dtype, page: int, head_size: int) -> str:
     return _get_attn_isa(dtype, page, head_size, "auto")
 
 
+def with_requests(
+    metadata: CommonAttentionMetadata, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray
+) -> CommonAttentionMetadata:
+    """The batch with its tokens cut into other requests.
+
+    Args:
+        metadata: the batch.
+        starts: [requests + 1] int, where queries of a request begin.
+        lengths: [requests] int, context up to a request's last query.
+        rows: [requests] int, whose blocks it reads: of the block table.
+    """
+    import numpy as np
+    import torch
+
+    parts = [part.astype(np.int32) for part in (starts, lengths, rows)]
+    device = metadata.block_table_tensor.device
+    there = to_device(np.concatenate(parts), device)
+    starts_, lengths_, rows_ = there.split([part.size for part in parts])
+    return metadata.replace(
+        query_start_loc=starts_,
+        query_start_loc_cpu=torch.from_numpy(parts[0]),
+        seq_lens=lengths_,
+        seq_lens_cpu_upper_bound=torch.from_numpy(parts[1]),
+        num_reqs=len(lengths),
+        max_query_len=int(np.diff(starts).max()),
+        max_seq_len=int(lengths.max()),
+        block_table_tensor=metadata.block_table_tensor[rows_.long()],
+    )
+
+
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """A host array on ``device`` without waiting for it: pinned, copied asynchronously."""
     import torch

@@ -9,6 +9,7 @@ import torch
 from caches import EPS, NAN, assert_within_twice, build, chosen, eager_one, items_of
 from interpreter import BF16
 
+from vllm_sparsek.attention.side_stream import SideStream
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode import api, reference
 
@@ -255,3 +256,32 @@ def test_select_and_decode_replay_in_a_cuda_graph(budget, device):
     torch.testing.assert_close(out, replayed, rtol=0, atol=0, equal_nan=True)
     assert not out[[0, 2, 3, 4]].isnan().any()
     assert out[1].isnan().all()
+
+
+@pytest.mark.gpu
+def test_what_another_stream_wrote_before_the_event_is_overwritten(device):
+    case = (BF16, 2, 4, 128, 16, [1, 300, 1000], Budget(64, 16, 4, 16), False)
+    paged, query, row, position, units, gates, budget, scale = problem(case)
+    expected = attend(paged.to(device), query, row, position, units, gates, budget, scale)
+    paged = paged.to(device)
+    there = [x.to(device) for x in (query, row, position, units)]
+    out, side = torch.full_like(there[0], NAN), SideStream(device)
+
+    def step():
+        with side.use() as event:
+            torch.cuda._sleep(20_000_000)  # some 10 ms
+            out.fill_(7)
+        api.decode(
+            there[0], paged.kv_cache, paged.block_table, *there[1:], None, budget, scale, out,
+            after=event,
+        )  # fmt: skip
+
+    step()
+    expected = torch.where(row.to(device)[:, None, None] < 0, 7, expected.to(device))
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    out.fill_(NAN)
+    graph.replay()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)

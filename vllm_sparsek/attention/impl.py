@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -213,7 +214,13 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         kv_scales = (layer._k_scale, layer._v_scale) if self.fp8 else None
         numbers = compat.cache_numbers(kv_cache)
         self._score(key, value, numbers, kv_scales, m)
-        self._attend_densely(layer, query, key, value, kv_cache, m.dense, output)
+        beside: Any = nullcontext()
+        if m.sparse_decodes and not m.cpu_rows:
+            # neither attention fills the GPU in a decode step
+            side = self._workspace(numbers.shape[2], numbers.device).side
+            beside = beside if side is None else side.use()
+        with beside as attended:
+            self._attend_densely(layer, query, key, value, kv_cache, m.dense, output)
         kv_cache = numbers
         if m.cpu_rows:
             self._decode_cpu(query, kv_cache, m, output)
@@ -221,7 +228,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             rows = m.num_decodes
             self._decode(
                 query[:rows], kv_cache, kv_scales, m, m.decode_row, m.decode_position,
-                output[:rows],
+                output[:rows], attended,
             )  # fmt: skip
         if m.items is not None and self.config.query_aware:
             self._decode_again(query, kv_cache, kv_scales, m, m.items, output)
@@ -307,8 +314,9 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         row: torch.Tensor,
         position: torch.Tensor,
         output: torch.Tensor,
+        after: torch.cuda.Event | None = None,
     ) -> None:
-        """Attend query, output [items, Hq, D], one query per item."""
+        """Attend query, output [items, Hq, D], one query per item; for ``after`` see decode."""
         page, items = kv_cache.shape[2], row.numel()
         budget, space = self.budget(page), self._workspace(page, kv_cache.device)
         units, gates, memo = space.units, space.gates, None
@@ -322,7 +330,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         partials = (space.partials[0][:items], space.partials[1][:items])
         decode_api.decode(
             query, kv_cache, m.block_table, row, position, units, gates, budget,
-            self.scale, output, partials, space.max_tokens, kv_scales,
+            self.scale, output, partials, space.max_tokens, kv_scales, after,
         )  # fmt: skip
 
     def _decode_again(

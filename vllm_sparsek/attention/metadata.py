@@ -199,7 +199,11 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         decode_only = num_decodes == rows
         dense = dense_all = None
         # a decode batch may be replayed from a graph, which holds the dense path in any case
-        if has_dense.any() or (decode_only and self.device.type != "cpu"):
+        if (has_dense & has_sparse).any():
+            requests = dense_requests(starts_in_batch, ends, sparse_from)
+            # a schedule made ahead has room for the rows of a batch, not for more requests
+            dense = self.dense_builder.build(0, compat.with_requests(common, *requests), True)
+        elif has_dense.any() or (decode_only and self.device.type != "cpu"):
             masked = common.replace(seq_lens=dense_seq_lens[:rows])
             if self.device.type == "cpu":
                 masked = masked.replace(
@@ -301,6 +305,28 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         # averaged over the layers of the group
         attended = attended + (context - attended) * self.dense_share
         self.counters.add(attended, context, num_decodes, dense=not sparse.any())
+
+
+def dense_requests(
+    starts_in_batch: np.ndarray, ends: np.ndarray, sparse_from: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The batch as the dense path reads it: sparse queries are requests of their own, of length 0.
+
+    Args:
+        starts_in_batch: [rows + 1] first token of every row; ends: [rows] its context, all
+            queries included; sparse_from: [rows] position of its first sparse query.
+
+    Returns:
+        starts [requests + 1], context lengths [requests] and rows [requests].
+    """
+    lens = np.diff(starts_in_batch)
+    dense = np.clip(sparse_from - (ends - lens), 0, lens)
+    row = np.repeat(np.arange(len(lens)), 2)
+    queries = np.stack([dense, lens - dense], axis=1).ravel()
+    length = np.stack([ends - lens + dense, np.zeros_like(ends)], axis=1).ravel()
+    there = queries > 0
+    starts = np.concatenate([[0], queries[there].cumsum()])
+    return starts, length[there], row[there]
 
 
 def token_positions(

@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from vllm_sparsek.attention.side_stream import SideStream
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.decode.api import workspace_shapes
 
@@ -21,6 +22,7 @@ class DecodeWorkspace:
         unit_scores: [rows, H, units of the longest context] float32 or None.
         partials: the two float32 tensors decode takes.
         max_tokens: upper bound of the tokens one row reads.
+        side: a stream for dense attention beside it, on CUDA.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class DecodeWorkspace:
             torch.empty(acc, dtype=torch.float32, device=device),
             torch.empty(stats, dtype=torch.float32, device=device),
         )
+        self.side = SideStream(device) if device.type == "cuda" else None
 
 
 class KeptSelections:

@@ -31,6 +31,7 @@ def decode(
     workspace: tuple[torch.Tensor, torch.Tensor] | None = None,
     max_tokens: int | None = None,
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    after: torch.cuda.Event | None = None,
     impl: str = "auto",
 ) -> None:
     """One query per item: ``out[i]`` is written for every item with ``item_row[i] >= 0``.
@@ -51,6 +52,8 @@ def decode(
             block table can address.
         kv_scales: k_scale and v_scale, float32 tensors of one element; a float8_e4m3fn cache
             times them gives keys and values. Needed with such a cache only.
+        after: ``out`` is not written before this event of another stream, which the current
+            stream has waited for when the call returns.
         impl: auto, triton, fa3, cpu or reference; auto on a GPU: what ``configs/engines`` says.
             Workspace and ``max_tokens`` are Triton's.
 
@@ -70,6 +73,8 @@ def decode(
         query, kv_cache, block_table, item_row, item_position, units, gates, budget, scale, out,
     )  # fmt: skip
     if not module.__name__.endswith("triton"):
+        if after is not None:
+            after.wait()
         module.decode(*arguments, kv_scales)
         return
     items, query_heads, head_dim = query.shape
@@ -86,4 +91,4 @@ def decode(
         check_shape(f"workspace {name}", tensor, shape)
         if not tensor.is_contiguous():
             raise ValueError(f"workspace {name} must be contiguous, got {tensor.stride()}")
-    module.decode(*arguments, workspace, max_tokens, kv_scales)
+    module.decode(*arguments, workspace, max_tokens, kv_scales, after)

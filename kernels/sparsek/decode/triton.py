@@ -212,15 +212,19 @@ def decode(
     workspace: tuple[torch.Tensor, torch.Tensor],
     max_tokens: int,
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    after: torch.cuda.Event | None = None,
 ) -> None:
     """See ``reference.decode``.
 
     Args:
         workspace: acc and stats, contiguous, of ``splits.workspace_shapes``; need no initial value.
         max_tokens: no item's list is longer; it sizes the grid.
+        after: see ``api.decode``; the reduction alone waits.
     """
     items, query_heads, head_dim = query.shape
     if items == 0:
+        if after is not None:
+            after.wait()
         return
     heads, page = kv_cache.shape[1], kv_cache.shape[2]
     group = query_heads // heads
@@ -244,6 +248,8 @@ def decode(
         FP8=kv_scales is not None, SPLIT=split_tokens,
         **tiles, **OPTIONS,
     )  # fmt: skip
+    if after is not None:
+        after.wait()
     reduce_fwd_kernel[(items, query_heads)](
         acc, stats, item_row, item_position, out, *scalars, split_tokens, splits,
         out.stride(0), out.stride(1),

@@ -309,7 +309,7 @@ def sift(
     LISTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes units of a stream of ``length`` to ``p_room``, ascending, the best ``keep`` among them.
+    """Writes units of a stream to ``p_room``, ascending: among them are the best ``keep``.
 
     A sample of the stream says which scores cannot be among the best, so that one look at
     the others mostly leaves fewer than BLOCK. Where more are left, all but the best are
