@@ -164,21 +164,25 @@ def reduce_fwd_kernel(
     k, share_bits = of_head(k, i_q // G), of_head(share_bits, i_q // G)
     if tl.load(item_row_ptr + i_i) < 0:
         return
+    # loaded together: what no split of this step wrote is left out below
     position = tl.load(item_position_ptr + i_i)
-    _, _, _, total = list_bounds(
-        position, position, first_unit, window, refresh, k, share_bits, max_units, UNIT
-    )
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
     o_s = tl.arange(0, SPLITS_PAD)
-    # splits beyond the list wrote nothing
-    m_s = o_s * split_tokens < total
+    m_s = o_s < splits
     i_s = (i_i.to(tl.int64) * tl.num_programs(1) + i_q) * splits + o_s
     b_m = tl.load(stats_ptr + i_s * 2, mask=m_s, other=float("-inf"))
     b_l = tl.load(stats_ptr + i_s * 2 + 1, mask=m_s, other=0.0)
     b_a = tl.load(
         acc_ptr + i_s[:, None] * D + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0
     )
+    _, _, _, total = list_bounds(
+        position, position, first_unit, window, refresh, k, share_bits, max_units, UNIT
+    )
+    m_s = o_s * split_tokens < total
+    b_m = tl.where(m_s, b_m, float("-inf"))
+    b_l = tl.where(m_s, b_l, 0.0)
+    b_a = tl.where(m_s[:, None], b_a, 0.0)
     b_max = tl.max(b_m, 0)
     b_weight = tl.exp2(b_m - tl.where(b_max == float("-inf"), 0.0, b_max))
     b_sum = tl.sum(b_weight * b_l, 0)

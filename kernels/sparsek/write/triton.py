@@ -76,33 +76,23 @@ def write_tokens_fwd_kernel(
     i_h = tl.program_id(1)
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_t = o_t < tokens
-    b_slot = tl.load(slot_mapping_ptr + o_t, mask=m_t, other=-1).to(tl.int64)
-    m_t = m_t & (b_slot >= 0)
-    b_position = tl.load(positions_ptr + o_t, mask=m_t, other=0).to(tl.float32)
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
     m = m_t[:, None] & m_d[None, :]
     o_token = o_t.to(tl.int64)[:, None]
     p_key = key_ptr + i_h.to(tl.int64) * stride_key_head + o_token * stride_key_token
     p_value = value_ptr + i_h.to(tl.int64) * stride_value_head + o_token * stride_value_token
+    p_weight = weight_ptr + i_h * D + o_d
+    # all loads before any store: a step of decode waits for little else than them
+    b_slot = tl.load(slot_mapping_ptr + o_t, mask=m_t, other=-1).to(tl.int64)
+    b_position = tl.load(positions_ptr + o_t, mask=m_t, other=0).to(tl.float32)
     b_k = tl.load(p_key + o_d[None, :], mask=m, other=0.0)  # [BLOCK_T, D_PAD]
     b_v = tl.load(p_value + o_d[None, :], mask=m, other=0.0)
-
-    o_block = b_slot // PAGE
-    o_slot = b_slot % PAGE
-    p_kv = kv_ptr + i_h.to(tl.int64) * stride_kv_head
-    p_kv += (o_block * stride_kv_block + o_slot * stride_kv_token)[:, None] + o_d[None, :]
+    b_key_weight = tl.load(p_weight + H * D, mask=m_d, other=0.0)
+    b_value_weight = tl.load(p_weight + 2 * H * D, mask=m_d, other=0.0)
     b_key = b_k.to(tl.float32)
     b_value = b_v.to(tl.float32)
-    if FP8:
-        b_k = fp8_of(tl.math.div_rn(b_key, tl.load(k_scale_ptr) + tl.zeros_like(b_key)))
-        b_v = fp8_of(tl.math.div_rn(b_value, tl.load(v_scale_ptr) + tl.zeros_like(b_value)))
-    tl.store(p_kv, b_k.to(kv_ptr.dtype.element_ty), mask=m)
-    tl.store(p_kv + D, b_v.to(kv_ptr.dtype.element_ty), mask=m)
-
-    p_weight = weight_ptr + i_h * D + o_d
-    b_u = b_key * tl.load(p_weight + H * D, mask=m_d, other=0.0)[None, :]
-    b_u += b_value * tl.load(p_weight + 2 * H * D, mask=m_d, other=0.0)[None, :]
+    b_u = b_key * b_key_weight[None, :] + b_value * b_value_weight[None, :]
     if PAIRS > 0:
         # every component beside the other one of its pair
         if INTERLEAVED:
@@ -115,13 +105,27 @@ def write_tokens_fwd_kernel(
             b_sign = tl.where(o_d < PAIRS, 1.0, -1.0)
         m_pair = o_d < 2 * PAIRS
         b_freq = tl.load(inv_freq_ptr + o_pair, mask=m_pair, other=0.0)
+        b_turned_weight = tl.load(p_weight, mask=m_d, other=0.0)
         b_other = tl.load(
             p_key + o_other[None, :], mask=m_t[:, None] & m_pair[None, :], other=0.0
         ).to(tl.float32)
         b_sin, b_cos = _sine_cosine(b_position[:, None] * b_freq[None, :])
         b_turned = b_key * b_cos + b_sign[None, :] * b_other * b_sin
-        b_u += b_turned * tl.load(p_weight, mask=m_d, other=0.0)[None, :]
+        b_u += b_turned * b_turned_weight[None, :]
     b_score = tl.sum(b_u, 1) + tl.load(bias_ptr + i_h) + b_position * tl.load(slope_ptr + i_h)
+    if FP8:
+        b_k = fp8_of(tl.math.div_rn(b_key, tl.load(k_scale_ptr) + tl.zeros_like(b_key)))
+        b_v = fp8_of(tl.math.div_rn(b_value, tl.load(v_scale_ptr) + tl.zeros_like(b_value)))
+
+    # tokens of padding have no slot
+    m_t = m_t & (b_slot >= 0)
+    m = m_t[:, None] & m_d[None, :]
+    o_block = b_slot // PAGE
+    o_slot = b_slot % PAGE
+    p_kv = kv_ptr + i_h.to(tl.int64) * stride_kv_head
+    p_kv += (o_block * stride_kv_block + o_slot * stride_kv_token)[:, None] + o_d[None, :]
+    tl.store(p_kv, b_k.to(kv_ptr.dtype.element_ty), mask=m)
+    tl.store(p_kv + D, b_v.to(kv_ptr.dtype.element_ty), mask=m)
     p_scores = scores_ptr + i_h.to(tl.int64) * stride_score_head
     tl.store(p_scores + o_block * stride_score_block + o_slot, b_score, mask=m_t)
 
