@@ -295,13 +295,13 @@ def test_soft_gates_are_one_where_scores_of_minus_infinity_find_room(device):
         assert (gates == 1).all()
 
 
+# of 1,000 units; a sample looks at every 15th that competes
 SIFTED = {
-    "random": lambda n: torch.randn(n),
+    "random": torch.randn,
     "rising": lambda n: torch.arange(n) * 1.0,
     "falling": lambda n: -torch.arange(n) * 1.0,
-    "equal": lambda n: torch.ones(n),
+    "equal": torch.ones,
     "few levels": lambda n: torch.randint(0, 3, (n,)) * 1.0,
-    # what the sample sees is higher than all else, and less than what is kept
     "sample above": lambda n: torch.randn(n) + 100.0 * (torch.arange(n) % 15 == 0),
     "sample below": lambda n: torch.randn(n) - 100.0 * (torch.arange(n) % 15 == 0),
     "no scores": lambda n: torch.full((n,), float("-inf")),
@@ -315,12 +315,13 @@ def test_long_contexts_are_sifted_to_the_references_selection(scores, unit, devi
     monkeypatch.setattr(kernels, "PAGE_FOLD_BLOCK", 4)
     n = 1000 * unit
     paged = build([n], 1, 8, 16)
-    of_unit = scores(n // unit).repeat_interleave(unit)
+    sinks = 3 * unit
+    of_unit = torch.cat([torch.zeros(3), scores(997)]).repeat_interleave(unit)
     pages = torch.nn.functional.pad(of_unit, (0, -n % 16)).view(-1, 16)
     paged.scores[paged.block_table[0, : len(pages)].long(), 0] = pages
     row, position = items_of([(0, n - 1), (0, n // 2), (-1, 0)])
     for k in (1, 30):
-        budget = Budget(k=k * unit, window=20, sinks=3, refresh=1, unit=unit)
+        budget = Budget(k=k * unit, window=20, sinks=sinks, refresh=1, unit=unit)
         expected, _ = reference.select(
             paged.scores, paged.block_table, row, position, budget, "max"
         )
