@@ -260,6 +260,8 @@ def select(
     competing = block_table.shape[1] * scores.shape[2] // budget.unit
     base, base_bounds, item_base = units_out, item_row, item_row
     if bases is not None:
+        # a stream is hardly longer than a tile: more programs side by side are worth more
+        options = {"num_warps": max(PAGE_WARPS, options["num_warps"] // 2)}
         base = _base_lists(scores, block_table, bases, budget, pooling, width)
         base_bounds, item_base = bases.bounds, bases.item_base
     select_fwd_kernel[(items, heads)](
