@@ -292,6 +292,82 @@ def best_of(
 
 
 @triton.jit
+def later_units(
+    at,
+    fresh,
+    end,
+    p_scores,  # one head of the score cache
+    p_table,
+    stride_block,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    POOLING: tl.constexpr,
+    BY_PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Units [BLOCK] from ``at`` on, which of them lie in ``fresh``..``end``, and their scores.
+
+    BY_PAGE: ``at`` is the first token of a page, and pages are loaded as wholes. Then nothing is
+    done to the scores, not even what tells -0.0 from 0.0: one need not wait for them yet.
+    """
+    if BY_PAGE:
+        o_p = at // PAGE + tl.arange(0, BLOCK // PAGE)
+        o_c = tl.arange(0, PAGE)
+        # a mask of whole pages leaves loads wide; their other tokens are left out by ``m_u``
+        m_p = o_p * PAGE < end
+        b_block = tl.load(p_table + o_p, mask=m_p, other=0).to(tl.int64)
+        p_page = p_scores + (b_block * stride_block)[:, None] + o_c[None, :]
+        b_z = tl.reshape(tl.load(p_page, mask=m_p[:, None], other=0.0), [BLOCK])
+        o_u = tl.reshape(o_p[:, None] * PAGE + o_c[None, :], [BLOCK])
+        m_u = (o_u >= fresh) & (o_u < end)
+    else:
+        o_u = at + tl.arange(0, BLOCK)
+        m_u = o_u < end
+        b_z = load_unit_scores(
+            o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK
+        )
+    return o_u, m_u, b_z
+
+
+@triton.jit
+def admit(
+    o_u,  # [BLOCK / 2] units
+    b_key,  # [BLOCK / 2]
+    count,  # units in p_room
+    floor,
+    keep,
+    end,
+    p_scores,
+    p_table,
+    stride_block,
+    p_room,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    POOLING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Appends units with a key above ``floor`` to ``p_room``, if need be after a clearance.
+
+    Returns:
+        how many units are in ``p_room`` now, and the floor.
+    """
+    b_take = (b_key > floor).to(tl.int32)
+    found = tl.sum(b_take, 0)
+    if count + found > BLOCK:
+        # what one thread wrote, another reads
+        tl.debug_barrier()
+        count, floor = best_of(
+            keep, p_room, count, end, end, p_scores, p_table, stride_block, p_room, PAGE, UNIT,
+            POOLING, True, BLOCK,
+        )  # fmt: skip
+        # of equal scores the earlier ones are kept
+        b_take = (b_key > floor).to(tl.int32)
+        found = tl.sum(b_take, 0)
+    tl.store(p_room + count + tl.cumsum(b_take, 0) - b_take, o_u, mask=b_take == 1)
+    return count + found, floor
+
+
+@triton.jit
 def sift(
     keep,
     length,
@@ -320,6 +396,10 @@ def sift(
         how many were written.
     """
     STEP: tl.constexpr = BLOCK // 2
+    BY_PAGE: tl.constexpr = (
+        UNIT == 1 and POOLING != "none" and PAGE > 0 and PAGE <= STEP and PAGE & (PAGE - 1) == 0
+    )
+    ALIGNED: tl.constexpr = PAGE if BY_PAGE else 1
     o_b = tl.arange(0, STEP)
     floor = tl.full([], 0, tl.uint32)  # only keys above it are candidates
     if length > BLOCK:
@@ -334,35 +414,33 @@ def sift(
     count = keep * 0
     while count < keep:
         count = keep * 0
-        o_next, m_next = streamed_units(o_b, p_list, listed, fresh, end, LISTED)
-        b_next = load_unit_scores(
-            o_next, m_next, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, STEP
-        )
-        start = keep * 0
-        while start < length:
-            m_u = m_next
-            o_u = o_next
-            b_key = tl.where(m_u, ordered_key(b_next), 0)
-            # the next scores come while these are looked at
-            start += STEP
-            o_next, m_next = streamed_units(start + o_b, p_list, listed, fresh, end, LISTED)
-            b_next = load_unit_scores(
-                o_next, m_next, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, STEP
-            )
-            b_take = (b_key > floor).to(tl.int32)
-            found = tl.sum(b_take, 0)
-            if count + found > BLOCK:
-                # what one thread wrote, another reads
-                tl.debug_barrier()
-                count, floor = best_of(
-                    keep, p_room, count, end, end, p_scores, p_table, stride_block, p_room, PAGE,
-                    UNIT, POOLING, True, BLOCK,
+        if LISTED:
+            for start in range(0, listed, STEP):
+                # there is nothing behind the list
+                o_u, m_u = streamed_units(start + o_b, p_list, listed, end, end, True)
+                b_z = load_unit_scores(
+                    o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, STEP
+                )
+                count, floor = admit(
+                    o_u, tl.where(m_u, ordered_key(b_z), 0), count, floor, keep, end, p_scores,
+                    p_table, stride_block, p_room, PAGE, UNIT, POOLING, BLOCK,
                 )  # fmt: skip
-                # of equal scores the earlier ones are kept
-                b_take = (b_key > floor).to(tl.int32)
-                found = tl.sum(b_take, 0)
-            tl.store(p_room + count + tl.cumsum(b_take, 0) - b_take, o_u, mask=b_take == 1)
-            count += found
+        at = fresh // ALIGNED * ALIGNED
+        o_next, m_next, b_next = later_units(
+            at, fresh, end, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BY_PAGE, STEP
+        )
+        while at < end:
+            o_u = o_next
+            b_key = tl.where(m_next, ordered_key(tl.where(b_next == 0.0, 0.0, b_next)), 0)
+            # the next scores come while these are looked at
+            at += STEP
+            o_next, m_next, b_next = later_units(
+                at, fresh, end, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BY_PAGE, STEP
+            )
+            count, floor = admit(
+                o_u, b_key, count, floor, keep, end, p_scores, p_table, stride_block, p_room, PAGE,
+                UNIT, POOLING, BLOCK,
+            )  # fmt: skip
         floor = tl.full([], 0, tl.uint32)
     tl.debug_barrier()
     return count

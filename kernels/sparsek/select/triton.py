@@ -222,6 +222,18 @@ def _tile(
     )
 
 
+def _item_tile(
+    tile: dict[str, Any], options: dict[str, int]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The same for items that start from a base: their streams are hardly longer than a tile.
+
+    Without room for more, twice as many programs run side by side.
+    """
+    if not tile["FOLD"]:
+        return tile, options
+    return {**tile, "ROOM": tile["BLOCK"]}, {"num_warps": max(4, options["num_warps"] // 2)}
+
+
 def _room(tile: dict[str, Any], units_out: torch.Tensor, competing: int) -> torch.Tensor:
     """Where streams are sifted: [items, H, ROOM] int32, or anything where none is that long."""
     if not tile["FOLD"] or competing + units_out.shape[2] <= tile["BLOCK"]:
@@ -260,8 +272,7 @@ def select(
     competing = block_table.shape[1] * scores.shape[2] // budget.unit
     base, base_bounds, item_base = units_out, item_row, item_row
     if bases is not None:
-        # a stream is hardly longer than a tile: more programs side by side are worth more
-        options = {"num_warps": max(PAGE_WARPS, options["num_warps"] // 2)}
+        tile, options = _item_tile(tile, options)
         base = _base_lists(scores, block_table, bases, budget, pooling, width)
         base_bounds, item_base = bases.bounds, bases.item_base
     select_fwd_kernel[(items, heads)](
@@ -344,6 +355,8 @@ def compile_case(
     ``start``: memo, base, or neither. ``width``: None for a variant that keeps any number.
     """
     tile, options = _tile(unit, pooling, soft, width)
+    if start == "base":
+        tile, options = _item_tile(tile, options)
     constexprs = {
         "PAGE": page, "UNIT": unit, "POOLING": pooling, "SOFT": soft, "MEMO": start == "memo",
         "BASE": start == "base", **tile,
