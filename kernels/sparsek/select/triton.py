@@ -227,11 +227,12 @@ def _item_tile(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The same for items that start from a base: their streams are hardly longer than a tile.
 
-    Without room for more, twice as many programs run side by side.
+    Without room for more, and with half the registers, twice as many programs run side by side.
     """
     if not tile["FOLD"]:
         return tile, options
-    return {**tile, "ROOM": tile["BLOCK"]}, {"num_warps": max(4, options["num_warps"] // 2)}
+    options = {"num_warps": max(4, options["num_warps"] // 2), "maxnreg": 128}
+    return {**tile, "ROOM": tile["BLOCK"]}, options
 
 
 def _room(tile: dict[str, Any], units_out: torch.Tensor, competing: int) -> torch.Tensor:
