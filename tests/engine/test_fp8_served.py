@@ -45,9 +45,12 @@ def answers(tmp_path_factory):
     keys = [(name, "fp8") for name in (None, *SETTINGS)] + [("recency", "auto")]
     specs = []
     for settings, dtype in keys:
+        # FLASH_ATTN's queries are quantised by the compiled graph, from numbers that were never
+        # rounded to 16 bits: the same operations in the same order run only without it
+        eager = settings in (None, "default")
         llm = tiny_llm(
             # over an fp8 cache FlashAttention-3 writes bfloat16 alone
-            path, dtype="bfloat16", kv_cache_dtype=dtype, block_size=32, enforce_eager=False,
+            path, dtype="bfloat16", kv_cache_dtype=dtype, block_size=32, enforce_eager=eager,
             attention_backend="FLASH_ATTN" if settings is None else "sparsek",
         )  # fmt: skip
         if settings is not None:
