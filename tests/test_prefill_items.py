@@ -50,11 +50,18 @@ def test_rows_without_sparse_queries_have_no_items(builder):
     assert items_of(builder, [(0, 30), (5, 29)], sparse_from=30) is None
 
 
-def test_every_row_has_a_base_from_its_first_to_its_last_refresh_block(builder):
+def test_bases_begin_and_end_with_items_of_one_row(builder):
     items = items_of(builder, [(70, 131), (200, 264), (0, 40)], sparse_from=30)
-    assert items.bases.item_base.tolist() == [0] * 5 + [1] * 5 + [2] * 2
-    assert items.bases.bounds.tolist() == [[0, 64, 128], [1, 192, 256], [2, 16, 32]]
-    assert items.bases.longest == 192
+    # five items, five, two
+    assert items.bases.item_base.tolist() == [0] * 4 + [1] + [2] * 4 + [3] + [4] * 2
+    expected = [[0, 64, 112], [0, 128, 128], [1, 192, 240], [1, 256, 256], [2, 16, 32]]
+    assert items.bases.bounds.tolist() == expected
+    assert items.bases.longest == 256
+
+
+def test_about_the_root_of_a_rows_items_share_a_base(builder):
+    items = items_of(builder, [(320, 320 + 36 * R)])
+    assert items.bases.item_base.tolist() == [i // 6 for i in range(36)]
 
 
 @pytest.mark.parametrize(("share_bases", "items"), [(False, LEAST_PER_BASE), (True, 3)])

@@ -6,6 +6,7 @@ nothing here waits for the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ from vllm_sparsek.kernels.common.budget import mean_tokens_attended
 from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.metrics import StepCounters
 
-# items of a row that are worth a base, which costs about as much as one selection
+# items that are worth a base, which costs about as much as one selection
 LEAST_PER_BASE = 4
 
 
@@ -276,14 +277,24 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         return PrefillItems(row_, position_, query_start_, query_len_, bases)
 
     def _bases(self, parts: Sequence[Sequence[np.ndarray]], items: list[int]) -> ChunkBases:
-        """One base per row, from the first to the last refresh block of its items."""
-        bounds = np.array([(row[0], position[0], position[-1]) for row, position, *_ in parts])
-        bounds[:, 1:] -= bounds[:, 1:] % self.budget.refresh
-        of_item = np.repeat(np.arange(len(parts), dtype=np.int32), items)
+        """Bases of the items of every row; about the root of a row's items share one.
+
+        A base costs a look at its context, an item a look at what its base's items added.
+        """
+        of_item: list[np.ndarray] = []
+        bounds: list[tuple[int, int, int]] = []
+        for (row, position, *_), count in zip(parts, items, strict=True):
+            per_base = max(LEAST_PER_BASE, math.isqrt(count))
+            of_item.append(len(bounds) + np.arange(count, dtype=np.int32) // per_base)
+            for low in range(0, count, per_base):
+                last = min(low + per_base, count) - 1
+                bounds.append((row[low], position[low], position[last]))
+        found = np.array(bounds)
+        found[:, 1:] -= found[:, 1:] % self.budget.refresh
         return ChunkBases(
-            compat.to_device(of_item, self.device),
-            compat.to_device(bounds.astype(np.int32), self.device),
-            int(bounds[:, 1].max()),
+            compat.to_device(np.concatenate(of_item), self.device),
+            compat.to_device(found.astype(np.int32), self.device),
+            int(found[:, 1].max()),
         )
 
     def _count(
