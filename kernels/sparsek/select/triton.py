@@ -225,7 +225,7 @@ def _tile(
 def _item_tile(
     tile: dict[str, Any], options: dict[str, int]
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """The same for items that start from a base: their streams are hardly longer than a tile.
+    """The same where streams are hardly longer than a tile, as those of items with a base.
 
     Without room for more, and with half the registers, twice as many programs run side by side.
     """
@@ -235,9 +235,9 @@ def _item_tile(
     return {**tile, "ROOM": tile["BLOCK"]}, options
 
 
-def _room(tile: dict[str, Any], units_out: torch.Tensor, competing: int) -> torch.Tensor:
-    """Where streams are sifted: [items, H, ROOM] int32, or anything where none is that long."""
-    if not tile["FOLD"] or competing + units_out.shape[2] <= tile["BLOCK"]:
+def _room(tile: dict[str, Any], units_out: torch.Tensor, longest: int) -> torch.Tensor:
+    """Where streams are sifted: [items, H, ROOM] int32, or anything if the longest fits a tile."""
+    if not tile["FOLD"] or longest <= tile["BLOCK"]:
         return units_out
     return units_out.new_empty((*units_out.shape[:2], tile["ROOM"]))
 
@@ -270,17 +270,20 @@ def select(
     if items == 0:
         return
     tile, options = _tile(budget.unit, pooling, soft, width)
-    competing = block_table.shape[1] * scores.shape[2] // budget.unit
+    # units that can compete, and holes in a list that is taken up again
+    longest = block_table.shape[1] * scores.shape[2] // budget.unit
+    longest += width if memo is not None or bases is not None else 0
     base, base_bounds, item_base = units_out, item_row, item_row
-    if bases is not None:
+    if bases is not None or longest <= tile["BLOCK"]:
         tile, options = _item_tile(tile, options)
+    if bases is not None:
         base = _base_lists(scores, block_table, bases, budget, pooling, width)
         base_bounds, item_base = bases.bounds, bases.item_base
     select_fwd_kernel[(items, heads)](
         scores, block_table, item_row, item_position,
         units_out, gates_out if soft else units_out,
         memo.stamps if memo is not None else units_out, memo.step if memo is not None else item_row,
-        base, base_bounds, item_base, _room(tile, units_out, competing),
+        base, base_bounds, item_base, _room(tile, units_out, longest),
         *budget_arguments(budget, scores.device), width,
         scores.stride(0), scores.stride(1), block_table.stride(0),
         units_out.stride(0), units_out.stride(1),
@@ -353,10 +356,11 @@ def compile_case(
 ) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
     """One variant of ``select_fwd_kernel``, as ``common/compile_targets.py`` takes it.
 
-    ``start``: memo, base, or neither. ``width``: None for a variant that keeps any number.
+    ``start``: memo, base, short (all contexts fit a tile) or none of them. ``width``: None for a
+    variant that keeps any number.
     """
     tile, options = _tile(unit, pooling, soft, width)
-    if start == "base":
+    if start in ("base", "short"):
         tile, options = _item_tile(tile, options)
     constexprs = {
         "PAGE": page, "UNIT": unit, "POOLING": pooling, "SOFT": soft, "MEMO": start == "memo",
@@ -394,6 +398,7 @@ COMPILE_CASES = [
             (16, 16, "none", False, "", 128),
             (0, 1, "lse", False, "", None),
             (0, 1, "lse", False, "base", 2048),
+            (0, 1, "lse", False, "short", 2048),
             (0, 16, "lse", False, "memo", 128),
         ]
     ),
