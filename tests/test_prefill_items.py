@@ -57,6 +57,7 @@ def test_bases_begin_and_end_with_items_of_one_row(builder):
     expected = [[0, 64, 112], [0, 128, 128], [1, 192, 240], [1, 256, 256], [2, 16, 32]]
     assert items.bases.bounds.tolist() == expected
     assert items.bases.longest == 256
+    assert items.bases.span == 48
 
 
 def test_about_the_root_of_a_rows_items_share_a_base(builder):

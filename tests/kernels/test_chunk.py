@@ -10,6 +10,7 @@ from caches import build, items_of
 
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.select import api, reference
+from vllm_sparsek.kernels.select import triton as kernels
 from vllm_sparsek.kernels.select.chunk import ChunkBases
 
 BUDGET = Budget(k=24, window=16, sinks=3, refresh=16)
@@ -42,7 +43,8 @@ def chunk_items(budget):
     bases = ChunkBases(
         torch.tensor([*item_base, 0], dtype=torch.int32),
         torch.tensor(bounds, dtype=torch.int32),
-        max(bound[1] for bound in bounds),
+        longest=max(bound[1] for bound in bounds),
+        span=max(bound[2] - bound[1] for bound in bounds),
     )
     return row, position, bases
 
@@ -60,9 +62,12 @@ def run(paged, row, position, bases, budget, soft=False):
     return units.cpu()
 
 
+@pytest.mark.parametrize("tile", [4096, 16], ids=["one tile", "sifted"])
 @pytest.mark.parametrize("levels", [None, 4], ids=["random", "ties"])
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
-def test_the_selection_is_that_of_every_item_alone(budget, levels, device):
+def test_the_selection_is_that_of_every_item_alone(budget, levels, tile, device, monkeypatch):
+    monkeypatch.setattr(kernels, "TOKEN_BLOCK", tile)
+    monkeypatch.setattr(kernels, "PAGE_FOLD_BLOCK", tile // 16)
     paged = build(LENGTHS, 2, 8, 16, levels=levels)
     row, position, bases = chunk_items(budget)
     width = budget.max_units(max(LENGTHS))

@@ -294,7 +294,8 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         return ChunkBases(
             compat.to_device(np.concatenate(of_item), self.device),
             compat.to_device(found.astype(np.int32), self.device),
-            int(found[:, 1].max()),
+            longest=int(found[:, 1].max()),
+            span=int((found[:, 2] - found[:, 1]).max()),
         )
 
     def _count(

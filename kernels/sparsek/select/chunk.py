@@ -23,11 +23,13 @@ class ChunkBases:
         bounds: [bases, 3] int32: row of the block table, position of the first item (at its refresh
             block's start), and of the last one, which keeps most.
         longest: no first item's position is higher.
+        span: no last item's position is further from that of its base's first.
     """
 
     item_base: torch.Tensor
     bounds: torch.Tensor
     longest: int
+    span: int
 
 
 @functools.lru_cache(maxsize=512)
@@ -60,5 +62,6 @@ def row_bases(
     position = (torch.stack([first, last], dim=1) + (keys - queries) // refresh) * refresh
     bounds = torch.cat([(used // per_row)[:, None], position], dim=1)
     return ChunkBases(
-        (base - base[0]).int().to(device), bounds.int().to(device), int(position[:, 0].max())
-    )
+        (base - base[0]).int().to(device), bounds.int().to(device), int(position[:, 0].max()),
+        int((position[:, 1] - position[:, 0]).max()),
+    )  # fmt: skip

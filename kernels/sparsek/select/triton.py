@@ -270,9 +270,11 @@ def select(
     if items == 0:
         return
     tile, options = _tile(budget.unit, pooling, soft, width)
-    # units that can compete, and holes in a list that is taken up again
+    # of a stream: what can compete, with holes in a list that is taken up again
     longest = block_table.shape[1] * scores.shape[2] // budget.unit
-    longest += width if memo is not None or bases is not None else 0
+    longest += width if memo is not None else 0
+    if bases is not None:
+        longest = width + bases.span // budget.unit + 1
     base, base_bounds, item_base = units_out, item_row, item_row
     if bases is not None or longest <= tile["BLOCK"]:
         tile, options = _item_tile(tile, options)
