@@ -256,6 +256,23 @@ def best_of_tile(b_key, keep):
 
 
 @triton.jit
+def load_keys(
+    o_u,  # [BLOCK] units
+    m_u,  # [BLOCK]
+    p_scores,  # one head of the score cache
+    p_table,
+    stride_block,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    POOLING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scores of units and their ``ordered_key``, 0 where masked: no score has that key."""
+    b_z = load_unit_scores(o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK)
+    return b_z, tl.where(m_u, ordered_key(b_z), 0)
+
+
+@triton.jit
 def best_of(
     keep,
     p_list,
@@ -282,9 +299,7 @@ def best_of(
     """
     o_b = tl.arange(0, BLOCK)
     o_u, m_u = streamed_units(o_b, p_list, listed, fresh, end, LISTED)
-    b_z = load_unit_scores(o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK)
-    # no score has the key 0
-    b_key = tl.where(m_u, ordered_key(b_z), 0)
+    b_z, b_key = load_keys(o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, BLOCK)
     wanted = tl.minimum(keep, tl.sum(m_u.to(tl.int32), 0))
     threshold, ties = best_of_tile(b_key, wanted)
     take(o_u, m_u, b_z, b_key, threshold, ties, 0, 0, wanted, 0.0, 0.0, p_units, p_units, False)
@@ -405,11 +420,11 @@ def sift(
     if length > BLOCK:
         o_s = o_b * (length // STEP)
         o_u, m_u = streamed_units(o_s, p_list, listed, fresh, end, LISTED)
-        b_z = load_unit_scores(o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, STEP)
+        _, b_key = load_keys(o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, STEP)
         # as far from too few as from too many
         aim = tl.sqrt((keep * BLOCK).to(tl.float32)) / length.to(tl.float32)
         rank = tl.maximum((aim * STEP).to(tl.int32), 1)
-        lowest, _ = best_of_tile(tl.where(m_u, ordered_key(b_z), 0), rank)
+        lowest, _ = best_of_tile(b_key, rank)
         floor = tl.maximum(lowest, tl.full([], 1, tl.uint32)) - 1
     count = keep * 0
     while count < keep:
@@ -418,12 +433,12 @@ def sift(
             for start in range(0, listed, STEP):
                 # there is nothing behind the list
                 o_u, m_u = streamed_units(start + o_b, p_list, listed, end, end, True)
-                b_z = load_unit_scores(
+                _, b_key = load_keys(
                     o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, STEP
                 )
                 count, floor = admit(
-                    o_u, tl.where(m_u, ordered_key(b_z), 0), count, floor, keep, end, p_scores,
-                    p_table, stride_block, p_room, PAGE, UNIT, POOLING, BLOCK,
+                    o_u, b_key, count, floor, keep, end, p_scores, p_table, stride_block, p_room,
+                    PAGE, UNIT, POOLING, BLOCK,
                 )  # fmt: skip
         at = fresh // ALIGNED * ALIGNED
         o_next, m_next, b_next = later_units(
