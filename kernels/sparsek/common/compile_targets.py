@@ -17,8 +17,10 @@ from vllm_sparsek.kernels.common.validate import FP8_CAPABILITY
 # bounds takes select's kernel: it comes after it
 MODULES = (
     "write.triton", "score.triton", "select.triton", "bounds.triton", "decode.triton",
-    "prefill.triton", "prefix.triton", "common.page_tables",
+    "prefill.triton", "prefill.hopper", "prefix.triton", "common.page_tables",
 )  # fmt: skip
+# kernels in Gluon for one generation of GPUs alone
+ONLY = {"prefill.hopper": 90}
 WARP_SIZE = 32
 # shared memory one block may use, bytes, by compute capability (CUDA programming guide)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}
@@ -42,9 +44,11 @@ def compile_cases(
 ) -> Iterator[tuple[str, tuple[Any, str, dict[str, Any], dict[str, int]]]]:
     """(name, case) of every kernel variant that is registered and that ``capability`` runs.
 
-    All do but those that read an FP8 cache.
+    All do but those that read an FP8 cache, and ``ONLY`` some.
     """
     for path in MODULES:
+        if ONLY.get(path, capability) != capability:
+            continue
         module = importlib.import_module(f"vllm_sparsek.kernels.{path}")
         for case in module.COMPILE_CASES:
             kernel, types, constexprs, _ = case
@@ -79,7 +83,12 @@ def compile_kernel(
             attributes[(index,)] = [["tt.divisibility", 16]]
     if next(remaining, None) is not None:
         raise ValueError(f"{kernel.__name__}: more argument types than arguments")
-    source = ASTSource(kernel, signature, constexprs, attributes)
+    make_source = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        make_source = GluonASTSource
+    source = make_source(kernel, signature, constexprs, attributes)
     target = GPUTarget("cuda", capability, WARP_SIZE)
     return triton.compile(source, target=target, options=options)
 

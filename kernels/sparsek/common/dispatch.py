@@ -10,8 +10,8 @@ from types import ModuleType
 import torch
 
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
-# operations that FlashAttention-3 does, too: fa3
-ATTENTION = ("decode", "prefill")
+# engines of attention beside our Triton kernels: FlashAttention-3, and what needs a Hopper GPU
+ENGINES = {"decode": ("fa3",), "prefill": ("fa3", "hopper")}
 
 logger = logging.getLogger(__name__)
 
@@ -28,19 +28,20 @@ def _triton_interpreted() -> bool | None:
 
 
 def capability(impl: str, device: torch.device) -> tuple[bool, str]:
-    """Whether ``impl`` (triton, fa3, cpu or reference) runs on tensors of ``device``.
+    """Whether ``impl`` (triton, fa3, hopper, cpu or reference) runs on tensors of ``device``.
 
-    What FlashAttention-3 needs besides Triton, ``fits`` of the fa3 modules says.
+    What engines need besides Triton, ``fits`` of their modules says.
 
     Returns:
         ok and, if it does not, the reason.
     """
-    if impl not in ("triton", "fa3"):
+    if impl not in ("triton", "fa3", "hopper"):
         return device.type == "cpu", f"{impl!r} takes CPU tensors, got {device}"
     interpreted = _triton_interpreted()
     if interpreted is None:
         return False, f"{impl!r} needs the triton package"
-    if device.type == "cuda" or interpreted:
+    # the interpreter knows no Gluon
+    if device.type == "cuda" or (interpreted and impl != "hopper"):
         return True, ""
     return False, f"{impl!r} takes CUDA tensors (or the interpreter), got {device}"
 
@@ -51,8 +52,8 @@ def implementation(operation: str, impl: str, device: torch.device) -> ModuleTyp
 
     Args:
         operation: write, score, bounds, select, decode, prefill or prefix.
-        impl: triton, cpu, reference, fa3 (decode and prefill), or auto: triton on CUDA tensors,
-            else cpu.
+        impl: triton, cpu, reference, one of the operation's ``ENGINES``, or auto: triton on CUDA
+            tensors, else cpu.
         device: where the tensors are.
 
     Raises:
@@ -63,13 +64,13 @@ def implementation(operation: str, impl: str, device: torch.device) -> ModuleTyp
     if impl == "auto":
         chosen = "cpu" if device.type == "cpu" else "triton"
         logger.info("sparsek %s runs on %s: %s", operation, device.type, chosen)
-    known = (*IMPLEMENTATIONS, "fa3") if operation in ATTENTION else IMPLEMENTATIONS
+    known = (*IMPLEMENTATIONS, *ENGINES.get(operation, ()))
     if chosen not in known:
         raise ValueError(f"{operation}: impl must be auto or one of {known}, got {impl!r}")
     ok, reason = capability(chosen, device)
     if not ok:
         raise RuntimeError(f"{operation}: implementation {reason}")
-    if chosen in ("triton", "fa3") and device.type == "cuda" and torch.cuda.is_available():
+    if chosen not in ("cpu", "reference") and device.type == "cuda" and torch.cuda.is_available():
         # imports what imports this
         from vllm_sparsek.kernels.common.architecture import prepare
 

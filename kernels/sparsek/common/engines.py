@@ -1,4 +1,4 @@
-"""Which engine attends on a GPU: our Triton kernel, or FlashAttention-3 over page tables.
+"""Which engine attends on a GPU: our Triton kernel, the one for Hopper, or FlashAttention-3.
 
 Where `impl` is `auto`, a table measured per compute capability decides: `configs/engines`.
 """
@@ -16,10 +16,9 @@ import torch
 import yaml
 
 from vllm_sparsek.kernels.common.budget import Budget
-from vllm_sparsek.kernels.common.dispatch import ATTENTION, implementation, require
+from vllm_sparsek.kernels.common.dispatch import ENGINES, implementation, require
 from vllm_sparsek.kernels.common.validate import compute_capability
 
-ENGINES = ("triton", "fa3")
 GRANULARITIES = ("token", "page")
 
 logger = logging.getLogger(__name__)
@@ -63,8 +62,8 @@ def parse(text: str, name: str) -> tuple[Rule, ...]:
             rule = Rule(**{**entry, "head_dims": tuple(entry.get("head_dims", ()))})
         except (TypeError, AttributeError) as error:
             raise ValueError(f"{where}: {error}") from error
-        _one_of(rule.operation, ATTENTION, f"{where}: operation")
-        _one_of(rule.engine, ENGINES, f"{where}: engine")
+        _one_of(rule.operation, tuple(ENGINES), f"{where}: operation")
+        _one_of(rule.engine, ("triton", *ENGINES[rule.operation]), f"{where}: engine")
         _one_of(rule.granularity, (None, *GRANULARITIES), f"{where}: granularity")
         rules.append(rule)
     return tuple(rules)
@@ -84,23 +83,24 @@ def table_of(capability: int) -> tuple[Rule, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def engine_of(capability: int, operation: str, unit: int, head_dim: int, rows: int) -> str:
-    """What the table says.
+def engines_of(
+    capability: int, operation: str, unit: int, head_dim: int, rows: int
+) -> tuple[str, ...]:
+    """What the table says: the first of these that can do a call does it.
 
     Args:
         capability, operation: see ``table_of`` and ``Rule``.
         unit: of the budget; rows: query rows that share a list.
     """
     granularity = GRANULARITIES[unit > 1]
-    for rule in table_of(capability):
-        if rule.holds(operation, granularity, head_dim, rows):
-            return rule.engine
-    return ENGINES[0]
+    rules = table_of(capability)
+    found = [rule.engine for rule in rules if rule.holds(operation, granularity, head_dim, rows)]
+    return (*found, "triton")
 
 
 @functools.cache
-def _log_fallback(operation: str, reason: str) -> None:
-    logger.info("sparsek %s runs on triton where the table says fa3: %s", operation, reason)
+def _log_passed_over(operation: str, engine: str, reason: str) -> None:
+    logger.info("sparsek %s passes over %s, which the table says: %s", operation, engine, reason)
 
 
 def attention_module(
@@ -117,27 +117,27 @@ def attention_module(
 
     Args:
         operation: decode or prefill.
-        impl: auto, triton, fa3, cpu or reference.
+        impl: auto, triton, fa3, hopper (prefill), cpu or reference.
         query: [..., D]; rows: query rows that share a list, whatever the batch.
         key_cache, value_cache, gates, budget: as the operation's; a packed cache twice.
 
     Raises:
-        ValueError: ``impl`` is unknown, or is fa3 and cannot do this.
+        ValueError: ``impl`` is unknown, or is an engine that cannot do this.
         RuntimeError: ``impl`` cannot run here.
     """
     device = query.device
-    asked = impl == "fa3"
+    candidates: tuple[str, ...] = (impl,)
     if impl == "auto" and device.type == "cuda":
         capability = compute_capability(device)
-        if engine_of(capability, operation, budget.unit, query.shape[-1], rows) == "fa3":
-            impl = "fa3"
-    module = implementation(operation, impl, device)
-    if impl != "fa3":
-        return module
-    ok, reason = module.fits(query, key_cache, value_cache, gates, budget)
-    if asked:
-        require((ok, f"{operation}: impl 'fa3' does not fit: {reason}"))
-    if ok:
-        return module
-    _log_fallback(operation, reason)
-    return implementation(operation, "auto", device)
+        candidates = engines_of(capability, operation, budget.unit, query.shape[-1], rows)
+    for engine in candidates:
+        module = implementation(operation, engine, device)
+        if engine not in ENGINES[operation]:
+            break
+        ok, reason = module.fits(query, key_cache, value_cache, gates, budget)
+        if ok:
+            break
+        if engine == impl:
+            require((ok, f"{operation}: impl {impl!r} does not fit: {reason}"))
+        _log_passed_over(operation, engine, reason)
+    return module
