@@ -10,6 +10,7 @@ from caches import build, chosen, items_of
 
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.select import api
+from vllm_sparsek.kernels.select import triton as kernels
 from vllm_sparsek.kernels.select.memo import SelectionMemo
 
 BUDGET = Budget(k=24, window=16, sinks=3, refresh=16)
@@ -106,6 +107,16 @@ def test_a_refresh_looks_at_the_list_and_what_left_the_window_alone(device, budg
     steps.paged.scores[block, 0, passed_over % 16] = 1e9
     steps.position[:] = 112
     assert (passed_over in steps.run(2, mark=False)[0, 0].tolist()) is not merges
+
+
+def test_pages_that_fit_no_tile_are_sifted_for_a_list_that_is_kept(device, monkeypatch):
+    monkeypatch.setattr(kernels, "PAGE_FOLD_BLOCK", 4)
+    budget = Budget(k=32, window=16, sinks=3, refresh=16, unit=16)
+    steps, host = Steps(device, budget=budget), Steps(torch.device("cpu"), budget=budget)
+    for step, length in enumerate([199, 199, 200, 207]):
+        steps.position[:] = torch.tensor([length, 130])
+        expected, _ = chosen(host.paged, steps.row, steps.position, budget, False)
+        assert torch.equal(steps.run(step, mark=False), expected)
 
 
 def test_gates_are_made_anew_at_every_refresh(device):

@@ -329,6 +329,82 @@ def test_long_contexts_are_sifted_to_the_references_selection(scores, unit, devi
         assert torch.equal(units, expected)
 
 
+@pytest.mark.parametrize("kept", ["pooled", "too many to be kept"])
+@pytest.mark.parametrize("programs", [1, 8192], ids=["in a loop", "side by side"])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(k=48, window=20, sinks=17, refresh=16, unit=16),
+        Budget(k=48, window=20, sinks=0, refresh=1, unit=16).with_heads(
+            [(16, None), (64, None), (100, None)]
+        ),
+        Budget(k=16, window=5, sinks=3, refresh=64, unit=16, k_share=0.3),
+        Budget(k=9999, window=20, sinks=0, refresh=16, unit=16),
+        Budget(k=48, window=20, sinks=400, refresh=16, unit=16),
+    ],
+    ids=["refresh-16", "heads", "share", "k beyond n", "nothing competes"],
+)
+def test_pages_are_pooled_once_for_items_in_any_order(budget, programs, kept, device, monkeypatch):
+    monkeypatch.setattr(kernels, "POOL_PAIRS", 16)
+    monkeypatch.setattr(kernels, "POOL_PROGRAMS", programs)
+    if kept != "pooled":
+        monkeypatch.setattr(kernels, "POOLED_BYTES", 0)
+    paged = build([300, 201, 17], 3, 8, 16, levels=7)
+    of_row_0 = [(0, position) for position in (*range(40, 300, 37), 299)]
+    pairs = [*of_row_0, (1, 199), (1, 150), (-1, 7), (1, 200), (0, 299), (2, 16), (0, 40), (1, 3)]
+    row, position = items_of(pairs)
+    expected, _ = reference.select(
+        paged.scores, paged.block_table, row, position, budget, "max", False
+    )
+    launched = []
+    pool = kernels._pooled
+    monkeypatch.setattr(kernels, "_pooled", lambda *a: launched.append(pool(*a)) or launched[-1])
+
+    def poisoned(shape, dtype, device):
+        return torch.full(shape, 77 if dtype == torch.int32 else NAN, dtype=dtype, device=device)
+
+    there = paged.to(device)
+    monkeypatch.setattr(kernels.torch, "empty", poisoned)
+    units, _ = run(there, row, position, budget, pooling="max", extra=0)
+    monkeypatch.undo()
+    assert torch.equal(units, expected)
+    assert [found is not None for found in launched] == [kept == "pooled"]
+
+
+@pytest.mark.parametrize("pooling", ["lse", "max", "mean"])
+@pytest.mark.parametrize("page", [16, 48, 128])
+def test_pages_pooled_before_are_those_that_a_program_pools_itself(
+    page, pooling, device, monkeypatch
+):
+    lengths = [1500, 900]
+    paged = build(lengths, 2, 8, page).to(device)
+    budget = Budget(k=3 * page, window=20, sinks=3, refresh=1, unit=page)
+    row, position = items_of([(r, p) for r, n in enumerate(lengths) for p in range(99, n, 100)])
+    units, _ = run(paged, row, position, budget, pooling=pooling)
+    monkeypatch.setattr(kernels, "POOLED_BYTES", 0)
+    alone, _ = run(paged, row, position, budget, pooling=pooling)
+    assert torch.equal(units, alone)
+
+
+@pytest.mark.parametrize("columns", [1, None], ids=["one block a row", "pages"])
+def test_pages_of_heads_that_fill_no_tile_are_pooled(columns, device):
+    heads, n = 5, 163
+    scores = torch.randn(2, heads, n)
+    scores = torch.nn.functional.pad(scores, (0, -n % 16), value=NAN)
+    table = torch.tensor([[1], [0]], dtype=torch.int32)
+    if columns is None:
+        scores = scores.unflatten(2, (-1, 16)).transpose(1, 2).flatten(0, 1)
+        table = torch.arange(scores.shape[0], dtype=torch.int32).view(2, -1).flip(0)
+    budget = Budget(k=48, window=20, sinks=5, refresh=16, unit=16)
+    row, position = items_of([(r, p) for r in (0, 1) for p in range(0, n, 16)])
+    width = budget.max_units(n)
+    there = [x.to(device) for x in (scores, table, row, position)]
+    units = torch.empty(row.numel(), heads, width, dtype=torch.int32, device=device)
+    api.select(*there, budget, "max", False, units, impl="triton")
+    expected, _ = reference.select(scores, table, row, position, budget, "max", max_units=width)
+    assert torch.equal(units.cpu(), expected)
+
+
 @pytest.mark.gpu
 def test_scores_of_blocks_beyond_two_to_the_31_are_found(device):
     heads, page, n = 2, 16, 300

@@ -14,6 +14,46 @@ SOFT_TOLERANCE = tl.constexpr(1e-7)  # of tau
 
 
 @triton.jit
+def pool_pages(
+    p_page,  # [BLOCK, POOL_CHUNK] the first tokens of pages
+    m_u,  # [BLOCK]
+    UNIT: tl.constexpr,
+    POOLING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scores [BLOCK] of pages, -inf where masked.
+
+    The order of additions within a page is the same wherever this is used.
+    """
+    o_c = tl.arange(0, POOL_CHUNK)
+    # chunks are combined element by element and reduced once, after the loop: a reduction
+    # inside trips an assertion of Triton 3.6 (OptimizeThreadLocality)
+    if POOLING == "mean":
+        b_sum = tl.zeros([BLOCK, POOL_CHUNK], tl.float32)
+        for c in range(0, UNIT, POOL_CHUNK):
+            m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
+            b_sum += tl.load(p_page + c, mask=m_c, other=0.0)  # [BLOCK, CHUNK]
+        b_z = tl.where(m_u, tl.sum(b_sum, 1) / UNIT, float("-inf"))
+    else:
+        b_high = tl.full([BLOCK, POOL_CHUNK], float("-inf"), tl.float32)
+        for c in range(0, UNIT, POOL_CHUNK):
+            m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
+            b_high = tl.maximum(b_high, tl.load(p_page + c, mask=m_c, other=float("-inf")))
+        b_z = tl.max(b_high, 1)
+        if POOLING == "lse":
+            b_shift = tl.where(b_z == float("-inf"), 0.0, b_z)
+            b_sum = tl.zeros([BLOCK, POOL_CHUNK], tl.float32)
+            for c in range(0, UNIT, POOL_CHUNK):
+                m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
+                b_c = tl.load(p_page + c, mask=m_c, other=float("-inf"))
+                b_sum += tl.exp(b_c - b_shift[:, None])
+            # the highest token alone contributes 1
+            b_log = tl.log(tl.maximum(tl.sum(b_sum, 1), 1.0))
+            b_z = tl.where(b_z == float("-inf"), b_z, b_shift + b_log)
+    return b_z
+
+
+@triton.jit
 def load_unit_scores(
     o_u,  # [BLOCK] units
     m_u,  # [BLOCK]
@@ -44,32 +84,8 @@ def load_unit_scores(
             o_score = tl.load(p_table).to(tl.int64) * stride_block + o_u * UNIT
         else:
             o_score = tl.load(p_table + o_u, mask=m_u, other=0).to(tl.int64) * stride_block
-        o_c = tl.arange(0, POOL_CHUNK)
-        p_page = p_scores + o_score[:, None] + o_c[None, :]
-        # chunks are combined element by element and reduced once, after the loop: a reduction
-        # inside trips an assertion of Triton 3.6 (OptimizeThreadLocality)
-        if POOLING == "mean":
-            b_sum = tl.zeros([BLOCK, POOL_CHUNK], tl.float32)
-            for c in range(0, UNIT, POOL_CHUNK):
-                m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
-                b_sum += tl.load(p_page + c, mask=m_c, other=0.0)  # [BLOCK, CHUNK]
-            b_z = tl.where(m_u, tl.sum(b_sum, 1) / UNIT, float("-inf"))
-        else:
-            b_high = tl.full([BLOCK, POOL_CHUNK], float("-inf"), tl.float32)
-            for c in range(0, UNIT, POOL_CHUNK):
-                m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
-                b_high = tl.maximum(b_high, tl.load(p_page + c, mask=m_c, other=float("-inf")))
-            b_z = tl.max(b_high, 1)
-            if POOLING == "lse":
-                b_shift = tl.where(b_z == float("-inf"), 0.0, b_z)
-                b_sum = tl.zeros([BLOCK, POOL_CHUNK], tl.float32)
-                for c in range(0, UNIT, POOL_CHUNK):
-                    m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
-                    b_c = tl.load(p_page + c, mask=m_c, other=float("-inf"))
-                    b_sum += tl.exp(b_c - b_shift[:, None])
-                # the highest token alone contributes 1
-                b_log = tl.log(tl.maximum(tl.sum(b_sum, 1), 1.0))
-                b_z = tl.where(b_z == float("-inf"), b_z, b_shift + b_log)
+        p_page = p_scores + o_score[:, None] + tl.arange(0, POOL_CHUNK)[None, :]
+        b_z = pool_pages(p_page, m_u, UNIT, POOLING, BLOCK)
     return tl.where(b_z == 0.0, 0.0, b_z)
 
 
@@ -201,19 +217,28 @@ def take(
     Returns:
         units written and units equal to the threshold so far.
     """
-    b_equal = (m_u & (b_key == threshold)).to(tl.int32)
-    m_equal = (b_equal == 1) & (equal_seen + tl.cumsum(b_equal, 0) <= ties)
-    b_take = ((m_u & (b_key > threshold)) | m_equal).to(tl.int32)
-    o_slot = written + tl.cumsum(b_take, 0) - b_take
+    # one scan for both: units above the threshold in the low half of a number, equal ones in the
+    # high half. A tile holds fewer than 2^15 units
+    b_one = tl.where(b_key > threshold, 1, 0) + tl.where(b_key == threshold, 1 << 16, 0)
+    b_one = tl.where(m_u, b_one, 0)
+    b_seen = tl.cumsum(b_one, 0)
+    b_equal = equal_seen + (b_seen >> 16)
+    m_take = (b_one == 1) | ((b_one > 1) & (b_equal <= ties))
+    # the units before this one that are taken, and itself
+    b_place = (b_seen & 0xFFFF) + tl.minimum(b_equal, ties) - tl.minimum(equal_seen, ties)
+    o_slot = written + b_place - 1
     # the bound only matters if rounding of a pooled score differed between two passes
-    m_slot = (b_take == 1) & (o_slot < keep)
+    m_slot = m_take & (o_slot < keep)
     tl.store(p_units + o_slot, o_u, mask=m_slot)
     if SOFT:
         b_gate = tl.minimum(tl.maximum(b_z - b_top - b_tau, 0.0), 1.0)
         # fewer than keep units have a score: -inf - -inf is nan
         b_gate = tl.where(b_top == float("-inf"), 1.0, b_gate)
         tl.store(p_gates + o_slot, b_gate, mask=m_slot)
-    return written + tl.sum(b_take, 0), equal_seen + tl.sum(b_equal, 0)
+    last = tl.sum(b_one, 0)
+    equal = equal_seen + (last >> 16)
+    taken = (last & 0xFFFF) + tl.minimum(equal, ties) - tl.minimum(equal_seen, ties)
+    return written + taken, equal
 
 
 @triton.jit
@@ -240,19 +265,29 @@ def write_padding(written, max_units, p_units, p_gates, SOFT: tl.constexpr, BLOC
 def best_of_tile(b_key, keep):
     """What separates the ``keep`` highest keys [BLOCK] uint32: a threshold, and the ties to keep.
 
-    Keys above the threshold are kept, and so many of those equal to it. Found bit by bit: with all
-    keys in registers a count costs little, and it ends where a count is exact.
+    Keys above the threshold are kept, and so many of those equal to it; keys of 0 are none. With
+    all keys in registers a count costs little. What is left between two keys is halved: every
+    other time by the scores, which are spread more evenly, else by the keys, which bounds the
+    number of counts. It ends where a count is exact.
     """
-    threshold = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 0x80000000, tl.uint32)
+    # ``keep`` or more keys reach ``low``; ``above`` keys, fewer than that, reach ``beyond``
+    beyond = tl.max(b_key, 0) + 1
+    low = tl.minimum(tl.min(tl.where(b_key == 0, 0xFFFFFFFF, b_key), 0), beyond - 1)
+    above = keep * 0
     reached = keep - 1
-    while (bit > 0) & (reached != keep):
-        reached = tl.sum((b_key >= (threshold | bit)).to(tl.int32), 0)
-        threshold = tl.where(reached >= keep, threshold | bit, threshold)
-        bit = bit >> 1
+    by_score = keep >= 0
+    while (beyond - low > 1) & (reached != keep):
+        middle = low + (beyond - low) // 2
+        between = ordered_key(0.5 * key_value(low) + 0.5 * key_value(beyond))
+        middle = tl.where(by_score & (between > low) & (between < beyond), between, middle)
+        reached = tl.sum((b_key >= middle).to(tl.int32), 0)
+        enough = reached >= keep
+        low = tl.where(enough, middle, low)
+        beyond = tl.where(enough, beyond, middle)
+        above = tl.where(enough, above, reached)
+        by_score = by_score == 0
     # an exact count keeps the keys that equal the threshold, all of them
-    above = tl.sum((b_key > threshold).to(tl.int32), 0)
-    return threshold, keep - above
+    return low, tl.where(reached == keep, keep, keep - above)
 
 
 @triton.jit
@@ -484,13 +519,14 @@ def fold_best(
 ):
     """The best ``keep`` units of a stream, which holds those of ``low``..``end``; padded with -1.
 
-    A stream longer than BLOCK is sifted first. ``p_list`` may be ``p_units``.
+    A stream longer than BLOCK is sifted first; none is where ROOM is 0. ``p_list`` may be
+    ``p_units``.
     """
     length = listed + end - fresh
     written = keep
     if keep == end - low:
         write_whole(low, keep, p_units, p_units, False, BLOCK)
-    elif length <= BLOCK:
+    elif ROOM == 0 or length <= BLOCK:
         written, _ = best_of(
             keep, p_list, listed, fresh, end, p_scores, p_table, stride_block, p_units, PAGE, UNIT,
             POOLING, LISTED, BLOCK,

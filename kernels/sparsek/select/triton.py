@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from vllm_sparsek.kernels.common.device import (
     units_kept,
 )
 from vllm_sparsek.kernels.select.chunk import ChunkBases
-from vllm_sparsek.kernels.select.device import fold_best, radix_best
+from vllm_sparsek.kernels.select.device import (
+    POOL_CHUNK,
+    fold_best,
+    pool_pages,
+    radix_best,
+)
 from vllm_sparsek.kernels.select.memo import SelectionMemo
 
 TOKEN_BLOCK = 4096  # token scores per tile, at least
@@ -30,11 +36,19 @@ PAGE_BLOCK = 128
 PAGE_WARPS = 4
 PAGE_FOLD_BLOCK = 256
 MAX_FOLD_PAGES = 512
+LEAST_BLOCK = 256  # of scores: smaller tiles would only be more compilations
+PER_THREAD = 16  # scores of a tile that a thread holds
+# where more units than this compete, items start from bases
+BASE_FROM = 1024
+POOL_PAIRS = 128  # (page, head) pairs per program of pool_fwd_kernel
+POOL_HEADS = 16
+POOL_PROGRAMS = 8192  # enough to read scores as fast as memory delivers them
+POOLED_BYTES = 64 << 20  # of pooled scores at once; beyond it every program pools for itself
 
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units"])
 def select_fwd_kernel(
-    scores_ptr,  # [num_blocks, H, page] float32; [items, H, U] if POOLING is "none"
+    scores_ptr,  # [num_blocks, H, page] float32; if POOLING is "none", see BY_ROW
     block_table_ptr,  # [rows, max_blocks] int32
     item_row_ptr,  # [items] int32
     item_position_ptr,  # [items] int32
@@ -60,6 +74,7 @@ def select_fwd_kernel(
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
     POOLING: tl.constexpr,
+    BY_ROW: tl.constexpr,  # scores of units are [rows, H, U], else [items, H, U]
     SOFT: tl.constexpr,
     MEMO: tl.constexpr,
     BASE: tl.constexpr,
@@ -91,7 +106,8 @@ def select_fwd_kernel(
     p_table = block_table_ptr + tl.maximum(row, 0).to(tl.int64) * stride_table_row
     p_scores = scores_ptr + i_h.to(tl.int64) * stride_score_head
     if POOLING == "none":
-        p_scores += i_i.to(tl.int64) * stride_score_block
+        i_scores = tl.maximum(row, 0) if BY_ROW else i_i
+        p_scores += i_scores.to(tl.int64) * stride_score_block
 
     p_list = p_units
     listed = keep * 0
@@ -152,7 +168,7 @@ def select_fwd_kernel(
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units"])
 def base_fwd_kernel(
-    scores_ptr,  # [num_blocks, H, page] float32
+    scores_ptr,  # [num_blocks, H, page] float32; [rows, H, U] if POOLING is "none"
     block_table_ptr,  # [rows, max_blocks] int32
     base_bounds_ptr,  # [bases, 3] int32
     units_ptr,  # [bases, H, K] int32
@@ -182,6 +198,8 @@ def base_fwd_kernel(
     keep = tl.minimum(tl.minimum(keep, max_units), end - first_unit)
     listed = keep * 0
     p_scores = scores_ptr + i_h.to(tl.int64) * stride_score_head
+    if POOLING == "none":
+        p_scores += row.to(tl.int64) * stride_score_block
     p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
     p_units = units_ptr + i_base * max_units
     if FOLD:
@@ -198,6 +216,60 @@ def base_fwd_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["first_unit", "window", "refresh", "heads"])
+def pool_fwd_kernel(
+    scores_ptr,  # [num_blocks, H, page] float32
+    block_table_ptr,  # [rows, max_blocks] int32
+    item_row_ptr,  # [items] int32
+    item_position_ptr,  # [items] int32
+    pooled_ptr,  # [rows, H, U] float32
+    first_unit,
+    window,
+    refresh,
+    heads,  # H
+    stride_score_block,
+    stride_score_head,
+    stride_table_row,
+    stride_pooled_row,
+    stride_pooled_head,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    POOLING: tl.constexpr,
+    UNITS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Scores of the pages that compete for an item, but not for the item before it.
+
+    Whatever the order of items, together they pool all that competes for any of them.
+    """
+    i_i, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(item_row_ptr + i_i)
+    if row < 0:
+        return
+    start = tl.load(item_position_ptr + i_i) // refresh * refresh
+    end = end_unit(start, first_unit, window, UNIT)
+    row_before = tl.load(item_row_ptr + i_i - 1, mask=i_i > 0, other=-1)
+    start_before = tl.load(item_position_ptr + i_i - 1, mask=i_i > 0, other=0) // refresh * refresh
+    end_before = end_unit(start_before, first_unit, window, UNIT)
+    begin = tl.where(row_before == row, end_before, first_unit)
+
+    o_b = tl.arange(0, UNITS * HEADS)
+    o_h = i_h * HEADS + o_b // UNITS
+    p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
+    p_pooled = pooled_ptr + row.to(tl.int64) * stride_pooled_row
+    o_head = o_h.to(tl.int64) * stride_score_head
+    for at in range(begin + i_t * UNITS, end, tl.num_programs(2) * UNITS):
+        o_u = at + o_b % UNITS
+        m_u = (o_u < end) & (o_h < heads)
+        if PAGE == 0:
+            o_score = tl.load(p_table).to(tl.int64) * stride_score_block + o_u * UNIT
+        else:
+            o_score = tl.load(p_table + o_u, mask=m_u, other=0).to(tl.int64) * stride_score_block
+        p_page = scores_ptr + (o_score + o_head)[:, None] + tl.arange(0, POOL_CHUNK)[None, :]
+        b_z = pool_pages(p_page, m_u, UNIT, POOLING, UNITS * HEADS)
+        tl.store(p_pooled + o_h * stride_pooled_head + o_u, b_z, mask=m_u)
+
+
 def supported(unit: int, page: int, columns: int) -> tuple[bool, str]:
     """Whether the kernel selects units of ``unit`` tokens from pages of ``page``, and why not."""
     if unit in (1, page) or page_argument(page, columns) == 0:
@@ -206,38 +278,40 @@ def supported(unit: int, page: int, columns: int) -> tuple[bool, str]:
 
 
 def _tile(
-    unit: int, pooling: str, soft: bool, width: int | None
+    pages: bool, soft: bool, width: int | None, longest: int | None = None, based: bool = False
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Constexprs and options of the kernels that keep up to ``width`` units (None: any number)."""
-    pages = unit > 1 and pooling != "none"
+    """Constexprs and options of the kernels that keep up to ``width`` units (None: any number).
+
+    Args:
+        pages: a unit is a page whose score is pooled; soft: gates are made.
+        longest: no stream of candidates is longer (None: any).
+        based: streams are hardly longer than a tile, as those of items with a base.
+    """
     if soft or width is None or width > (MAX_FOLD_PAGES if pages else MAX_FOLD):
         block, warps = (PAGE_BLOCK, PAGE_WARPS) if pages else (TOKEN_BLOCK, TOKEN_BLOCK // 512)
         return {"FOLD": False, "BLOCK": block, "ROOM": 0}, {"num_warps": warps}
-    block = max(PAGE_FOLD_BLOCK if pages else TOKEN_BLOCK, triton.next_power_of_2(2 * width))
-    room = min(2 * block, MAX_ROOM)
-    # 16 loads a thread and step, of one score or of a page's
-    return (
-        {"FOLD": True, "BLOCK": block, "ROOM": room},
-        {"num_warps": max(PAGE_WARPS, room // 64 if pages else room // 512)},
-    )
+    least = PAGE_FOLD_BLOCK if pages else TOKEN_BLOCK
+    block = max(least, triton.next_power_of_2(2 * width))
+    # a thread loads a page's scores, or as many of tokens
+    threads = 32 * (1 if pages else PER_THREAD)
+    least_warps = PAGE_WARPS if pages else 1
+    if longest is not None and longest <= block:
+        block = max(LEAST_BLOCK, triton.next_power_of_2(longest))
+        # without room for more, and with few registers, many programs run side by side
+        return (
+            {"FOLD": True, "BLOCK": block, "ROOM": 0},
+            {"num_warps": max(least_warps, min(16, block // threads)), "maxnreg": 128},
+        )
+    room = block if based else min(2 * block, MAX_ROOM)
+    options = {"num_warps": max(4, room // 64 if pages else room // 512)}
+    if based:
+        options["maxnreg"] = 128
+    return {"FOLD": True, "BLOCK": block, "ROOM": room}, options
 
 
-def _item_tile(
-    tile: dict[str, Any], options: dict[str, int]
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The same where streams are hardly longer than a tile, as those of items with a base.
-
-    Without room for more, and with half the registers, twice as many programs run side by side.
-    """
-    if not tile["FOLD"]:
-        return tile, options
-    options = {"num_warps": max(4, options["num_warps"] // 2), "maxnreg": 128}
-    return {**tile, "ROOM": tile["BLOCK"]}, options
-
-
-def _room(tile: dict[str, Any], units_out: torch.Tensor, longest: int) -> torch.Tensor:
-    """Where streams are sifted: [items, H, ROOM] int32, or anything if the longest fits a tile."""
-    if not tile["FOLD"] or longest <= tile["BLOCK"]:
+def _room(tile: dict[str, Any], units_out: torch.Tensor) -> torch.Tensor:
+    """Where streams are sifted: [items, H, ROOM] int32, or anything if they never are."""
+    if tile["ROOM"] == 0:
         return units_out
     return units_out.new_empty((*units_out.shape[:2], tile["ROOM"]))
 
@@ -248,8 +322,41 @@ def shares_base(unit: int, width: int, competing: int) -> bool:
     Args:
         unit, width: tokens of a unit, units kept; competing: most units that compete for them.
     """
-    tile, _ = _tile(unit, "lse", False, width)
+    if unit > 1:
+        return competing > BASE_FROM
+    tile, _ = _tile(False, False, width)
     return bool(competing > tile["BLOCK"])
+
+
+def _pooled(
+    scores: torch.Tensor,
+    block_table: torch.Tensor,
+    item_row: torch.Tensor,
+    item_position: torch.Tensor,
+    budget: Budget,
+    pooling: str,
+    competing: int,
+) -> torch.Tensor | None:
+    """[rows, H, U] float32: scores of the pages that compete for items; None if too many bytes."""
+    rows, heads, units = block_table.shape[0], scores.shape[1], budget.first_unit() + competing
+    # a multiple of 16 leaves loads wide
+    shape = rows, heads, -(-units // 16) * 16
+    if 4 * math.prod(shape) > POOLED_BYTES:
+        return None
+    pooled = torch.empty(shape, dtype=torch.float32, device=scores.device)
+    at_once = min(POOL_HEADS, triton.next_power_of_2(heads))
+    tile = {"UNITS": POOL_PAIRS // at_once, "HEADS": at_once}
+    items, groups = item_row.shape[0], triton.cdiv(heads, at_once)
+    tiles = triton.cdiv(max(competing, 1), tile["UNITS"])
+    grid = items, groups, max(1, min(tiles, POOL_PROGRAMS // (items * groups)))
+    first_unit, window, refresh, *_ = budget_arguments(budget, scores.device)
+    pool_fwd_kernel[grid](
+        scores, block_table, item_row, item_position, pooled, first_unit, window, refresh, heads,
+        scores.stride(0), scores.stride(1), block_table.stride(0), shape[1] * shape[2], shape[2],
+        PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
+        POOLING=pooling, **tile, num_warps=PAGE_WARPS,
+    )  # fmt: skip
+    return pooled
 
 
 def select(
@@ -269,29 +376,36 @@ def select(
     items, heads, width = units_out.shape
     if items == 0:
         return
-    tile, options = _tile(budget.unit, pooling, soft, width)
+    last = block_table.shape[1] * scores.shape[2] - 1
+    if bases is not None:
+        last = bases.longest + bases.span
+    competing = budget.units_competing(budget.selection_position(last))
+    page, by_row = page_argument(scores.shape[2], block_table.shape[1]), False
+    if budget.unit > 1 and memo is None:
+        pooled = _pooled(scores, block_table, item_row, item_position, budget, pooling, competing)
+        if pooled is not None:
+            scores, pooling, by_row = pooled, "none", True
+            if competing <= BASE_FROM:
+                bases = None
+    pages = budget.unit > 1 and not by_row
     # of a stream: what can compete, with holes in a list that is taken up again
-    longest = block_table.shape[1] * scores.shape[2] // budget.unit
-    longest += width if memo is not None else 0
+    longest = competing + (width if memo is not None else 0)
+    base, base_bounds, item_base = units_out, item_row, item_row
     if bases is not None:
         longest = width + bases.span // budget.unit + 1
-    base, base_bounds, item_base = units_out, item_row, item_row
-    if bases is not None or longest <= tile["BLOCK"]:
-        tile, options = _item_tile(tile, options)
-    if bases is not None:
-        base = _base_lists(scores, block_table, bases, budget, pooling, width)
+        base = _base_lists(scores, block_table, bases, budget, page, pooling, width)
         base_bounds, item_base = bases.bounds, bases.item_base
+    tile, options = _tile(pages, soft, width, longest, bases is not None)
     select_fwd_kernel[(items, heads)](
         scores, block_table, item_row, item_position,
         units_out, gates_out if soft else units_out,
         memo.stamps if memo is not None else units_out, memo.step if memo is not None else item_row,
-        base, base_bounds, item_base, _room(tile, units_out, longest),
+        base, base_bounds, item_base, _room(tile, units_out),
         *budget_arguments(budget, scores.device), width,
         scores.stride(0), scores.stride(1), block_table.stride(0),
         units_out.stride(0), units_out.stride(1),
-        PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
-        POOLING=pooling, SOFT=soft, MEMO=memo is not None, BASE=bases is not None,
-        **tile, **options,
+        PAGE=page, UNIT=budget.unit, POOLING=pooling, BY_ROW=by_row, SOFT=soft,
+        MEMO=memo is not None, BASE=bases is not None, **tile, **options,
     )  # fmt: skip
 
 
@@ -300,21 +414,21 @@ def _base_lists(
     block_table: torch.Tensor,
     bases: ChunkBases,
     budget: Budget,
+    page: int,
     pooling: str,
     width: int,
 ) -> torch.Tensor:
     """[bases, H, width] int32: the best units of every base."""
-    tile, options = _tile(budget.unit, pooling, False, width)
+    pages = budget.unit > 1 and pooling != "none"
+    tile, options = _tile(pages, False, width, budget.units_competing(bases.longest))
     first_unit, window, _, k, share_bits = budget_arguments(budget, scores.device)
     shape = (bases.bounds.shape[0], scores.shape[1], width)
     units = torch.empty(shape, dtype=torch.int32, device=scores.device)
     base_fwd_kernel[shape[:2]](
-        scores, block_table, bases.bounds, units,
-        _room(tile, units, budget.units_competing(bases.longest)),
+        scores, block_table, bases.bounds, units, _room(tile, units),
         first_unit, window, k, share_bits, width,
         scores.stride(0), scores.stride(1), block_table.stride(0),
-        PAGE=page_argument(scores.shape[2], block_table.shape[1]), UNIT=budget.unit,
-        POOLING=pooling, **tile, **options,
+        PAGE=page, UNIT=budget.unit, POOLING=pooling, **tile, **options,
     )  # fmt: skip
     return units
 
@@ -335,15 +449,15 @@ def select_scored(
         units_out: [items, H, K] int32, every element is written.
     """
     items, heads, width = units_out.shape
-    tile, options = _tile(budget.unit, "none", False, width)
+    tile, options = _tile(False, False, width, unit_scores.shape[2])
     select_fwd_kernel[(items, heads)](
         unit_scores, item_row, item_row, item_position, units_out, units_out, units_out, item_row,
-        units_out, item_row, item_row, _room(tile, units_out, unit_scores.shape[2]),
+        units_out, item_row, item_row, _room(tile, units_out),
         *budget_arguments(budget, units_out.device), width,
         unit_scores.stride(0), unit_scores.stride(1), 0,
         units_out.stride(0), units_out.stride(1),
-        PAGE=budget.unit, UNIT=budget.unit, POOLING="none", SOFT=False, MEMO=False, BASE=False,
-        **tile, **options,
+        PAGE=budget.unit, UNIT=budget.unit, POOLING="none", BY_ROW=False, SOFT=False, MEMO=False,
+        BASE=False, **tile, **options,
     )  # fmt: skip
 
 
@@ -354,29 +468,47 @@ _TYPES = (
 
 
 def compile_case(
-    page: int, unit: int, pooling: str, soft: bool, start: str, width: int | None
+    page: int,
+    unit: int,
+    pooling: str,
+    soft: bool,
+    start: str,
+    width: int | None,
+    longest: int | None = None,
 ) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
     """One variant of ``select_fwd_kernel``, as ``common/compile_targets.py`` takes it.
 
-    ``start``: memo, base, short (all contexts fit a tile) or none of them. ``width``: None for a
-    variant that keeps any number.
+    Args:
+        start: memo, base or neither; width: None for a variant that keeps any number.
+        longest: see ``_tile``.
     """
-    tile, options = _tile(unit, pooling, soft, width)
-    if start in ("base", "short"):
-        tile, options = _item_tile(tile, options)
+    pages = unit > 1 and pooling != "none"
+    tile, options = _tile(pages, soft, width, longest, start == "base")
     constexprs = {
-        "PAGE": page, "UNIT": unit, "POOLING": pooling, "SOFT": soft, "MEMO": start == "memo",
-        "BASE": start == "base", **tile,
+        "PAGE": page, "UNIT": unit, "POOLING": pooling, "BY_ROW": pooling == "none", "SOFT": soft,
+        "MEMO": start == "memo", "BASE": start == "base", **tile,
     }  # fmt: skip
     return select_fwd_kernel, _TYPES, constexprs, options
 
 
-def base_case(page: int, unit: int) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
+def base_case(
+    page: int, unit: int, pooling: str = "lse"
+) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
     """One variant of ``base_fwd_kernel``."""
-    tile, options = _tile(unit, "lse", False, 2048 // unit)
+    tile, options = _tile(unit > 1 and pooling != "none", False, 2048 // unit)
     types = "*fp32 *i32 *i32 *i32 *i32 i32 i32 i32 i64 i32 i32 i32 i32"
-    constexprs = {"PAGE": page, "UNIT": unit, "POOLING": "lse", **tile}
+    constexprs = {"PAGE": page, "UNIT": unit, "POOLING": pooling, **tile}
     return base_fwd_kernel, types, constexprs, options
+
+
+def pool_case(
+    page: int, unit: int, pooling: str, heads: int
+) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
+    """One variant of ``pool_fwd_kernel``."""
+    types = "*fp32 *i32 *i32 *i32 *fp32 i32 i32 i32 i32 i32 i32 i32 i32 i32"
+    tile = {"UNITS": POOL_PAIRS // heads, "HEADS": heads}
+    constexprs = {"PAGE": page, "UNIT": unit, "POOLING": pooling, **tile}
+    return pool_fwd_kernel, types, constexprs, {"num_warps": PAGE_WARPS}
 
 
 COMPILE_CASES = [
@@ -388,19 +520,23 @@ COMPILE_CASES = [
             (16, 1, "lse", False, "memo", None),
             (16, 1, "lse", True, "memo", 2048),
             (16, 1, "lse", False, "base", 2048),
+            (16, 1, "lse", False, "base", 2048, 3000),
             (16, 16, "lse", False, "memo", 128),
-            (16, 16, "lse", False, "base", 128),
             (16, 16, "lse", False, "memo", None),
-            (128, 128, "lse", True, "", 16),
-            (32, 32, "mean", False, "", 64),
-            (32, 32, "max", False, "", 64),
+            (128, 128, "lse", True, "memo", 16),
+            (32, 32, "mean", False, "memo", 64),
+            (32, 32, "max", False, "memo", 64),
             (16, 16, "max", True, "memo", 128),
-            (64, 64, "lse", False, "", 32),
-            (48, 48, "lse", True, "", 32),
+            (64, 64, "lse", False, "memo", 32),
+            (48, 48, "lse", True, "memo", 32),
             (16, 16, "none", False, "", 128),
+            (16, 16, "none", False, "", 32, 220),
+            (16, 16, "none", True, "", None),
+            (16, 16, "none", False, "base", 128, 260),
             (0, 1, "lse", False, "", None),
-            (0, 1, "lse", False, "base", 2048),
-            (0, 1, "lse", False, "short", 2048),
+            (0, 1, "lse", False, "base", 2048, 3000),
+            (0, 1, "lse", False, "", 2048, 4000),
+            (0, 16, "none", False, "", 128, 2000),
             (0, 16, "lse", False, "memo", 128),
         ]
     ),
@@ -412,6 +548,15 @@ COMPILE_CASES = [
             (32, 1, "lse", False, "base", 2048),
         ]
     ),
-    *(base_case(*case) for case in ((16, 1), (16, 16), (0, 1))),
+    *(base_case(*case) for case in ((16, 1), (16, 16), (16, 16, "none"), (0, 1))),
     of_heads(base_case(32, 1)),
+    *(
+        pool_case(*case)
+        for case in [
+            (16, 16, "lse", 16),
+            (48, 48, "mean", 2),
+            (128, 128, "max", 8),
+            (0, 16, "lse", 1),
+        ]
+    ),
 ]
