@@ -88,6 +88,18 @@ def test_a_fitted_file_serves_its_model_and_says_where_it_came_from(tiny, text, 
         shares = file.tensor("layer_budgets", (2, 2))
     assert shares.mean() == pytest.approx(1)
     assert shares.min() >= LEAST_SHARE
+    # both splits were tried, the better one is kept, and the file says so
+    layers, heads = report.splits
+    assert (layers.name, heads.name) == ("layers", "heads")
+    assert all(len(split.divergence) == 2 for split in report.splits)
+    assert all(0 < found < 10 for split in report.splits for found in split.divergence)
+    ratio = sum(h / la for h, la in zip(heads.divergence, layers.divergence, strict=True))
+    assert heads.kept == (ratio < 2) != layers.kept
+    kept = heads if heads.kept else layers
+    assert shares.tolist() == kept.shares
+    said = content(out)[0]["budgets"]
+    assert said.startswith(f"by {kept.name}; divergence from dense, held out: layers: ")
+    assert f"{heads.divergence[1]:.4g} at 12%" in said
     # what the backend makes of it: the nominal total
     config = SparseKConfig(scorer_path=str(out), k=256)
     split = split_budget(config.budget(32), read_shares(config, 2, 2), (), 4096)
@@ -106,7 +118,7 @@ def test_the_same_settings_give_the_same_file(tiny, text, tmp_path):
     assert content(one) == content(two)
 
 
-@pytest.mark.parametrize("stop_at", ["read window 3", "fit layer 1", "measure"])
+@pytest.mark.parametrize("stop_at", ["read window 3", "fit layer 1", "measure", "try"])
 def test_an_interrupted_fit_goes_on_and_ends_as_if_nothing_had_happened(
     tiny, text, tmp_path, stop_at
 ):
@@ -149,6 +161,22 @@ def test_a_refined_fit_differs_goes_on_and_ends_as_if_nothing_had_happened(
         assert content(whole)[1][f"{layer}.weight"] != content(plain)[1][f"{layer}.weight"]
 
 
+def test_every_head_can_be_measured(tiny, text, tmp_path):
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "scorer.safetensors"
+    report = fit(settings(tiny, text, measure_heads=True), whole, Quiet())
+    names = ["layers", "heads", "measured", "measured, wide"]
+    assert [split.name for split in report.splits] == names
+    assert sum(split.kept for split in report.splits) == 1
+    for split in report.splits:
+        assert torch.tensor(split.shares).mean() == pytest.approx(1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings(tiny, text, measure_heads=True), out, Quiet("try"))
+    again = Quiet()
+    assert fit(settings(tiny, text, measure_heads=True), out, again) == report
+    assert not any(label.startswith("measure") for label in again.seen)
+    assert content(out) == content(whole)
+
+
 def test_hidden_states_and_an_mlp_can_be_fitted(tiny, text, tmp_path):
     out = tmp_path / "scorer.safetensors"
     solve = SolveSettings((0.25,), Split(sinks=4), hidden_units=4, steps=2)
@@ -169,6 +197,7 @@ def test_the_command_writes_the_file_its_log_and_a_plot(tiny, text, tmp_path, ca
     assert status == 0
     log = json.loads((tmp_path / "scorer.json").read_text())
     assert log["settings"]["window_tokens"] == 2048
+    assert [split["name"] for split in log["splits"]] == ["layers", "heads"]
     assert [layer["layer"] for layer in log["layers"]] == [0, 1]
     assert len(log["refinement"]) == 3
     assert (tmp_path / "scorer.png").read_bytes().startswith(b"\x89PNG")
@@ -185,9 +214,10 @@ def test_the_command_writes_the_file_its_log_and_a_plot(tiny, text, tmp_path, ca
         (["--out", "nowhere/s.safetensors"], "there is no folder nowhere"),
         (["--out", "scorer.bin"], "must end in .safetensors"),
         (["--data", "nowhere.txt"], "--data nowhere.txt: no such file"),
+        (["--measure-heads", "--uniform-layers"], "--measure-heads: not with --uniform-layers"),
         (["--refine-steps", "3"], "--refine-steps: only with --refine outputs or --refine logits"),
     ],
-    ids=["input", "folder", "suffix", "data", "refine-steps"],
+    ids=["input", "folder", "suffix", "data", "measure-heads", "refine-steps"],
 )
 def test_a_wrong_argument_is_named_in_one_line(
     tiny, tmp_path, monkeypatch, capsys, arguments, message

@@ -15,14 +15,25 @@ from vllm_sparsek.scorers.learned import LearnedScorer
 from vllm_sparsek.training.budgets import (
     LEAST_SHARE,
     MOST_SHARE,
+    PARTS,
     POINTS,
     STEPS,
     allocate,
+    allocate_measured,
+    convex,
     curve,
     measure_damage,
+    measure_splits,
 )
 from vllm_sparsek.training.capture import attention_hook, load_model
-from vllm_sparsek.training.data import DataError, Text, Window, read_texts, training_windows
+from vllm_sparsek.training.data import (
+    DataError,
+    Text,
+    Window,
+    probe_windows,
+    read_texts,
+    training_windows,
+)
 from vllm_sparsek.training.divergence import ANSWER_WEIGHT, STRIDE
 from vllm_sparsek.training.objective import Split, Targets, competitions, dropped, kept_share
 from vllm_sparsek.training.retrieval import FAMILIES, retrieval_window
@@ -250,7 +261,11 @@ def test_damage_is_the_divergence_of_running_with_one_sparse_layer(tmp_path):
         return key.norm(dim=-1)
 
     ticks = []
-    damage = measure_damage(model, window, score, False, [0, 1, 2], budget, lambda: ticks.append(1))
+    damage = measure_damage(
+        model, [window], score, False, [0, 1, 2], [budget], False, lambda: ticks.append(1)
+    )
+    assert damage.shape == (3, 1, 1)
+    damage = damage[:, 0, 0]
     assert len(ticks) == 3
 
     def logits(sparse_layer):
@@ -306,3 +321,107 @@ def test_a_full_disk_leaves_the_finished_steps(tmp_path, monkeypatch):
     assert sorted(path.name for path in store.folder.iterdir()) == [
         "a.safetensors", "settings.json",
     ]  # fmt: skip
+
+
+def test_one_window_to_measure_on_reads_all_texts_and_asks(tokenizer, long_text):
+    marked = [Text("a", "alpha words here\n" * 3000), Text("b", "beta words there\n" * 3000)]
+    (window,) = probe_windows(tokenizer, marked, 1024, 1, 5)
+    body = tokenizer.decode(window.ids)
+    assert len(window.ids) == 1024
+    assert window.answers
+    assert body.count("alpha") > 20
+    assert body.count("beta") > 20
+    assert [window] == probe_windows(tokenizer, marked, 1024, 1, 5)
+    several = probe_windows(tokenizer, [Text("a", long_text), Text("b", long_text)], 512, 4, 5)
+    assert [w.name for w in several] == [
+        "text a", "questions over a", "text b", "chat over b",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def three_layers(tmp_path_factory):
+    folder = write_model(tmp_path_factory.mktemp("model") / "model", num_hidden_layers=3)
+    model = load_model(folder, torch.device("cpu"), torch.float32)
+    ids = torch.randint(3, 500, (200,), generator=torch.Generator().manual_seed(0))
+    return model, Window("probe", ids.tolist(), [(180, 184)])
+
+
+def by_norm(layer, key, value, hidden):
+    return key.norm(dim=-1)
+
+
+def test_the_damage_of_a_head_falls_with_its_budget_and_all_heads_make_the_layers(three_layers):
+    model, window = three_layers
+    budgets = [Budget(k=k, window=8, sinks=2, refresh=8) for k in (4, 16, 64, 200)]
+    found = measure_damage(
+        model, [window, window], by_norm, False, [0, 2], budgets, True, lambda: None
+    )
+    heads = model.config.num_key_value_heads
+    assert found.shape == (2, heads, 4)
+    assert (found[..., 0] > found[..., 2]).all()
+    assert found[..., 3].max() < 1e-6, "nothing is dropped"
+    # one head with the rest dense is a split that gives the rest everything
+    split = [(16, None)] + [(200, None)] * (heads - 1)
+    one_head = {0: budgets[1].with_heads(split)}
+    assert measure_splits(model, [window], by_norm, False, [[one_head]], lambda: None)[0][
+        0
+    ] == pytest.approx(damage_of(model, window, one_head), rel=1e-3, abs=1e-7)
+
+
+def damage_of(model, window, budgets):
+    """By the definition, over every head's attention."""
+
+    def attend(layer, query, key, value, scale):
+        if layer not in budgets:
+            return None
+        group = query.shape[0] // key.shape[0]
+        parts = [
+            sparse_attention(query[h * group : (h + 1) * group], key[h : h + 1], value[h : h + 1],
+                             key[h : h + 1].norm(dim=-1), Budget(k, 8, 2, 8), scale)
+            for h, (k, _) in enumerate(budgets[layer].heads)
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+    def logits():
+        return model(input_ids=torch.tensor(window.ids)[None]).logits[0].log_softmax(-1)
+
+    with torch.inference_mode():
+        dense = logits()
+        with attention_hook(attend):
+            kl = (dense.exp() * (dense - logits())).sum(-1)
+    least = min(k for heads in budgets.values() for k, _ in heads.heads)
+    first = Budget(least, 8, 2, 8).first_sparse_position(200)
+    return (kl[first::STRIDE].mean() + ANSWER_WEIGHT * kl[180:184].mean()).item()
+
+
+def test_budgets_by_layer_are_the_same_for_all_its_heads():
+    shape = 1 / torch.arange(1, POINTS + 1).double()
+    dropped = torch.stack([torch.stack([shape, 5 * shape])] * 3)
+    given = allocate(dropped, torch.tensor([1.0, 2.0, 20.0]), by_head=False)
+    assert (given[:, 0] == given[:, 1]).all()
+    assert given.mean() == pytest.approx(1)
+    assert given[2, 0] > given[1, 0] > given[0, 0] >= LEAST_SHARE
+
+
+def test_a_convex_curve_lies_below_and_keeps_what_is_convex():
+    curves = torch.tensor([[8.0, 8.0, 2.0, 2.0, 0.0], [9.0, 4.0, 1.0, 0.0, 0.0]]).double()
+    found = convex(curves)
+    assert (found <= curves + 1e-12).all()
+    assert (found.diff(n=2) >= -1e-9).all()
+    assert torch.equal(found[1], curves[1])
+    assert found[0].tolist() == pytest.approx([8, 5, 2, 1, 0])
+
+
+def test_measured_heads_get_what_their_damage_asks_for():
+    parts = torch.tensor(PARTS)
+    even = (1e-3 / parts).repeat(3, 2, 1)
+    given = allocate_measured(even, PARTS, 5.0, [1.0, 0.5], 4.0)
+    assert (given - 1).abs().max() <= 0.05
+    even[1, 1] *= 9
+    even[2, 0] *= 0
+    given = allocate_measured(even, PARTS, 5.0, [1.0, 0.5], 4.0)
+    assert given.mean() == pytest.approx(1)
+    assert given[1, 1] == given.max() > 1.8
+    assert given[2, 0] == given.min() == 0.25
+    wide = allocate_measured(even, PARTS, 5.0, [1.0, 0.5], 8.0)
+    assert wide[2, 0] == 0.125

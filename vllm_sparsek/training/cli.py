@@ -83,6 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--uniform-layers", action="store_true", help="give every layer and KV head the same budget"
     )
+    parser.add_argument(
+        "--measure-heads", action="store_true",
+        help="try budgets by the measured damage of every KV head alone, too; wants a GPU",
+    )  # fmt: skip
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
 
@@ -111,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
         problem = f"--out {args.out}: there is no folder {args.out.parent}."
     elif args.out.suffix != ".safetensors":
         problem = f"--out {args.out}: the name must end in .safetensors."
+    elif args.measure_heads and args.uniform_layers:
+        problem = "--measure-heads: not with --uniform-layers."
     elif args.refine_steps and not args.refine:
         problem = "--refine-steps: only with --refine outputs or --refine logits."
     if problem:
@@ -128,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
             shares=args.shares, hidden_units=args.hidden_units, steps=args.steps, seed=args.seed
         ),
         refine=args.refine,
+        measure_heads=args.measure_heads,
         refine_steps=args.refine_steps or REFINE_STEPS.get(args.refine, 0),
     )
     try:

@@ -15,6 +15,8 @@ from vllm_sparsek.training.retrieval import retrieval_window
 CHARACTERS_PER_TOKEN = 12
 # share of the windows that are retrieval prompts
 RETRIEVAL_SHARE = 0.4
+# characters of one text before the next one's turn, where they are mixed
+PASSAGE = 1500
 # a fact for every so many tokens of a retrieval prompt
 TOKENS_PER_FACT = 290
 
@@ -119,6 +121,37 @@ def asking_window(tokenizer: Any, text: Text, tokens: int, seed: int, chat: bool
     made = retrieval_window(tokenizer, text.content, tokens, seed, facts, chat)
     return Window(f"{'chat' if chat else 'questions'} over {text.name}", made.ids,
                   made.answer_queries)  # fmt: skip
+
+
+def mixed_text(texts: list[Text], tokens: int, seed: int) -> Text:
+    """Passages of all texts, one after the other, together enough for ``tokens`` tokens."""
+    r = random.Random(seed)
+    size = tokens * CHARACTERS_PER_TOKEN // len(texts)
+    # lines of equal parts, so that a window cut from anywhere in them has its share of every text
+    parts = []
+    for text in texts:
+        start = r.randrange(max(1, len(text.content) - size))
+        parts.append(text.content[start : start + size].splitlines())
+    rounds = max(1, size // PASSAGE)
+    passages = [
+        "\n".join(lines[len(lines) * i // rounds : len(lines) * (i + 1) // rounds])
+        for i in range(rounds)
+        for lines in parts
+    ]
+    return Text("all texts", "\n".join(passages))
+
+
+def probe_windows(
+    tokenizer: Any, texts: list[Text], tokens: int, count: int, seed: int
+) -> list[Window]:
+    """Windows to measure on, at other places than those fitted to.
+
+    A single one is a chat over passages of all texts; more are, by turns, text, questions, text,
+    chat, of all texts.
+    """
+    if count == 1:
+        return [asking_window(tokenizer, mixed_text(texts, tokens, seed), tokens, seed, True)]
+    return [refinement_window(tokenizer, texts, tokens, seed, i) for i in range(count)]
 
 
 def refinement_window(

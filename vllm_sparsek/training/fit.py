@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -10,13 +9,23 @@ from typing import Any
 
 import torch
 
+from vllm_sparsek.attention.layer_budgets import split_budget
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.model_id import model_fingerprint
 from vllm_sparsek.scorers.features import Rope, concatenate
 from vllm_sparsek.scorers.learned import load_layer
 from vllm_sparsek.scorers.scorer_file import ScorerFile, ScorerHeader, save_scorer
 from vllm_sparsek.serving_bench.progress import Progress
-from vllm_sparsek.training.budgets import DAMAGE_TOKENS, allocate, curve, measure_damage
+from vllm_sparsek.training.budgets import (
+    MOST_SHARE,
+    PARTS,
+    Score,
+    allocate,
+    allocate_measured,
+    curve,
+    measure_damage,
+    measure_splits,
+)
 from vllm_sparsek.training.capture import (
     Capture,
     CaptureSettings,
@@ -25,8 +34,8 @@ from vllm_sparsek.training.capture import (
 )
 from vllm_sparsek.training.data import (
     Window,
-    asking_window,
     digest,
+    probe_windows,
     read_texts,
     refinement_window,
     standard_library,
@@ -40,8 +49,12 @@ from vllm_sparsek.training.store import Store
 # recall is reported, and budgets are split, at this share of the context
 SHARE = 0.25
 REFRESH = 64
+# splits of the budget are judged at these shares
+JUDGED = (SHARE, 0.12)
+# number and length of the windows that damage is measured on, and of those that judge splits
+PROBES = {"cpu": (1, 4096), "cuda": (6, 8192)}
 # of the finished steps' tensors: an earlier version's are not gone on with
-STEPS_VERSION = 2
+STEPS_VERSION = 3
 # every so-many-th query is kept for output reconstruction
 QUERY_STRIDE = 16
 # length of the windows that the whole model is refined on, and steps between two checkpoints
@@ -60,6 +73,7 @@ class FitSettings:
         features: see ``scorers.scorer_file``; ``key_unrotated`` is left out of models whose
             rotary embedding is not one table for all layers.
         layer_budgets: also split the budget over the layers and their KV heads.
+        measure_heads: try splits by the measured damage of every head alone, too.
         device: where the model runs.
         solve: how a layer is fitted.
         refine: what scorers are trained on by after that: ``outputs`` (each layer's output),
@@ -77,6 +91,7 @@ class FitSettings:
     solve: SolveSettings = field(default_factory=SolveSettings)
     refine: str | None = None
     refine_steps: int = 0
+    measure_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,16 +114,42 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class SplitReport:
+    """One way to split the budget.
+
+    Attributes:
+        name: of the way; kept: whether it was the best.
+        divergence: of the model's next tokens from dense with everything sparse, at the shares
+            ``JUDGED`` of windows held out.
+        shares: [layers, H] relative budgets.
+    """
+
+    name: str
+    kept: bool
+    divergence: list[float]
+    shares: list[list[float]]
+
+    def __str__(self) -> str:
+        numbers = ", ".join(
+            f"{found:.4g} at {share:.0%}"
+            for found, share in zip(self.divergence, JUDGED, strict=True)
+        )
+        return f"{self.name}: {numbers}"
+
+
+@dataclass(frozen=True)
 class FitReport:
     """How a fit went.
 
     Attributes:
         layers: one report a layer.
         refinement: loss of every step; by ``outputs``, on average over the layers.
+        splits: of the budget that were tried.
     """
 
     layers: list[LayerReport]
     refinement: list[float]
+    splits: list[SplitReport] = field(default_factory=list)
 
 
 def fit(settings: FitSettings, out: Path, progress: Progress) -> FitReport:
@@ -139,8 +180,9 @@ def fit(settings: FitSettings, out: Path, progress: Progress) -> FitReport:
     run.fit_layers()
     if settings.refine == "logits":
         run.refine_logits()
-    report = run.report()
-    save_scorer(out, run.scorer_file(run.split_budget() if settings.layer_budgets else None))
+    splits = run.split_budget() if settings.layer_budgets else []
+    save_scorer(out, run.scorer_file(splits))
+    report = run.report(splits)
     store.remove()
     return report
 
@@ -191,11 +233,15 @@ class _Run:
                 self.tokenizer, texts, settings.window_tokens, settings.windows,
                 settings.solve.seed,
             )  # fmt: skip
-            # one more, for the damage of layers: not among those fitted to
-            self.probe = asking_window(
-                self.tokenizer, texts[-1], min(DAMAGE_TOKENS, settings.window_tokens),
-                settings.solve.seed + 1, True,
-            )  # fmt: skip
+            # more, for the damage of layers and to judge splits: not among those fitted to
+            count, tokens = PROBES["cuda" if self.device.type == "cuda" else "cpu"]
+            self.probe_tokens = min(tokens, settings.window_tokens)
+            self.probes, self.judges = (
+                probe_windows(
+                    self.tokenizer, texts, self.probe_tokens, count, settings.solve.seed + more
+                )
+                for more in (1, 2)
+            )
         self.rope = rope_of(self.model) if "key_unrotated" in settings.features else None
         self.features = tuple(
             name for name in settings.features if name != "key_unrotated" or self.rope is not None
@@ -351,35 +397,87 @@ class _Run:
             self._keep(layer, scorer, self._report(layer).losses, [])
             self._say(layer)
 
-    def report(self) -> FitReport:
-        """How everything went so far."""
+    def report(self, splits: list[SplitReport]) -> FitReport:
+        """How everything went."""
         layers = [self._report(layer) for layer in self.layers]
         if self.store.has("refine"):
-            return FitReport(layers, self.store.record("refine"))
+            return FitReport(layers, self.store.record("refine"), splits)
         steps = zip(*(report.refinement for report in layers), strict=True)
-        return FitReport(layers, [fmean(losses) for losses in steps])
+        return FitReport(layers, [fmean(losses) for losses in steps], splits)
 
-    def split_budget(self) -> torch.Tensor:
-        """Relative budgets [layers, H] of the model, 0 for layers that are not sparse."""
-        if not self.store.has("damage"):
-            with self.progress.task(f"measure {len(self.layers)} layers' damage") as tick:
-                damage = self._damage(tick)
-                self.store.write("damage", {"damage": torch.tensor(damage)})
+    def split_budget(self) -> list[SplitReport]:
+        """Ways to split the budget over layers and KV heads, one of them kept."""
         curves = torch.stack([self.store.read(f"layer-{layer}")["curve"] for layer in self.layers])
-        given = allocate(curves, self.store.read("damage")["damage"])
-        layers = self.model.config.get_text_config().num_hidden_layers
-        shares = torch.zeros(layers, given.shape[1])
-        shares[self.layers] = given
-        for layer, heads in enumerate(shares.tolist()):
+        even = self._budget(SHARE, self.probe_tokens)
+        damage = self._measured("damage", f"{len(self.layers)} layers' damage", [even], False)
+        damage = damage[:, 0, 0]
+        given = {"layers": allocate(curves, damage, by_head=False)}
+        if curves.shape[1] > 1:
+            given["heads"] = allocate(curves, damage)
+        if self.settings.measure_heads:
+            parts = [replace(even, k=max(1, round(even.k * part))) for part in PARTS]
+            damage = self._measured("heads", "every KV head's damage", parts, True)
+            totals = [self._budget(share, self.probe_tokens).k / even.k for share in JUDGED]
+            everything = (self.probe_tokens - even.sinks - even.window) / even.k
+            for name, most in (("measured", MOST_SHARE), ("measured, wide", 2 * MOST_SHARE)):
+                given[name] = allocate_measured(damage, PARTS, everything, totals, most)
+        splits = self._judge(given)
+        for split in splits:
+            self.progress.say(
+                f"budgets by {split}, divergence of windows held out"
+                + (" (kept)" if split.kept else "")
+            )
+        kept = next(split for split in splits if split.kept)
+        for layer, heads in enumerate(kept.shares):
             self.progress.say(
                 f"layer {layer}: budget by KV head " + " ".join(f"{share:.2f}" for share in heads)
             )
-        return shares
+        return splits
 
-    def _damage(self, tick: Callable[[], None]) -> list[float]:
-        budget = self._budget(SHARE, len(self.probe.ids))
+    def _measured(self, step: str, what: str, budgets: list[Budget], by_head: bool) -> torch.Tensor:
+        """The damage of layers or heads, measured once."""
+        if not self.store.has(step):
+            with self.progress.task(f"measure {what}") as tick:
+                found = measure_damage(
+                    self.model, self.probes, self._scores(), self.capturing.hidden, self.layers,
+                    budgets, by_head, tick,
+                )  # fmt: skip
+                self.store.write(step, {"damage": found})
+        return self.store.read(step)["damage"]
+
+    def _judge(self, given: dict[str, torch.Tensor]) -> list[SplitReport]:
+        """Judge splits [layers, H]: the one with the least divergence is kept."""
+        layers = self.model.config.get_text_config().num_hidden_layers
+        shares = torch.zeros(len(given), layers, next(iter(given.values())).shape[1])
+        shares[:, self.layers] = torch.stack(list(given.values()))
+        if not self.store.has("splits"):
+            budgets = [[self._split(share, split) for share in JUDGED] for split in shares.tolist()]
+            self.progress.more(1)
+            with self.progress.task(f"try {len(given)} splits of the budget") as tick:
+                lost = measure_splits(
+                    self.model, self.judges, self._scores(), self.capturing.hidden, budgets, tick
+                )
+                self.store.write("splits", {"divergence": torch.tensor(lost, dtype=torch.float64)})
+        found = self.store.read("splits")["divergence"]
+        # every share counts the same; of equals the first
+        best = int((found / found[0].clamp_min(1e-12)).mean(1).argmin())
+        return [
+            SplitReport(name, at == best, found[at].tolist(), shares[at].tolist())
+            for at, name in enumerate(given)
+        ]
+
+    def _split(self, share: float, shares: list[list[float]]) -> dict[int, Budget]:
+        """What every layer reads at a share of the windows that judge."""
+        budgets = split_budget(
+            self._budget(share, self.probe_tokens), tuple(map(tuple, shares)), (),
+            self.probe_tokens,
+        )  # fmt: skip
+        return {layer: budget for layer, budget in enumerate(budgets) if budget is not None}
+
+    def _scores(self) -> Score:
+        """Scores by the scorers fitted so far."""
         path = self.store.folder / "scorer.safetensors"
-        save_scorer(path, self.scorer_file())
+        save_scorer(path, self.scorer_file([]))
         heads, _, head_dim = self.store.read("window-0", f"{self.layers[0]}.")["key"].shape
         width = self.model.config.get_text_config().hidden_size
         scorers = {
@@ -393,12 +491,10 @@ class _Run:
             position = torch.arange(key.shape[0], device=key.device)
             return scorers[layer].score(key, value, position, hidden)
 
-        return measure_damage(
-            self.model, self.probe, score, self.capturing.hidden, self.layers, budget, tick
-        )
+        return score
 
-    def scorer_file(self, shares: torch.Tensor | None = None) -> ScorerFile:
-        """Everything fitted so far, as the file holds it; shares: of the budget, [layers, H]."""
+    def scorer_file(self, splits: list[SplitReport]) -> ScorerFile:
+        """Everything fitted so far, as the file holds it, with the split that was kept."""
         layers = {layer: self.store.read(f"layer-{layer}", "file.") for layer in self.layers}
         header = ScorerHeader(
             kind="mlp" if self.settings.solve.hidden_units else "linear",
@@ -406,9 +502,15 @@ class _Run:
             rope="neox" if self.rope is not None else None,
             model=self.fingerprint,
         )
+        shares, extra = None, {}
+        for split in splits:
+            if split.kept:
+                shares = torch.tensor(split.shares)
+                tried = "; ".join(map(str, splits))
+                extra = {"budgets": f"by {split.name}; divergence from dense, held out: {tried}"}
         return ScorerFile(
             header, layers, None if self.rope is None else self.rope.inv_freq, shares,
-            self.source, self.settings.solve.seed,
+            self.source, self.settings.solve.seed, extra,
         )  # fmt: skip
 
 

@@ -41,6 +41,15 @@ def sparse_attention(
         [Hq, n, D].
     """
     heads, n, _ = key.shape
+    if budget.heads:
+        group = query.shape[0] // heads
+        return torch.cat([
+            sparse_attention(
+                query[part.start * group : part.stop * group], key[part], value[part],
+                scores[part], own, scale,
+            )
+            for part, own in budget.by_heads(heads)
+        ])  # fmt: skip
     first = budget.first_sparse_position(n)
     dense = dense_attention(query[:, :first], key[:, :first], value[:, :first], scale)
     if first >= n:
