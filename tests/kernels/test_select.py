@@ -308,18 +308,28 @@ SIFTED = {
 }
 
 
-@pytest.mark.parametrize("unit", [1, 16], ids=["tokens", "pages"])
+@pytest.mark.parametrize(
+    ("unit", "page"),
+    [(1, 16), (1, 64), (1, 8), (1, None), (16, 16), (16, None)],
+    ids=["tokens", "tokens-page64", "tokens-page8", "tokens-one-block", "pages", "pages-one-block"],
+)
 @pytest.mark.parametrize("scores", SIFTED.values(), ids=SIFTED.keys())
-def test_long_contexts_are_sifted_to_the_references_selection(scores, unit, device, monkeypatch):
+def test_long_contexts_are_sifted_to_the_references_selection(
+    scores, unit, page, device, monkeypatch
+):
     monkeypatch.setattr(kernels, "TOKEN_BLOCK", 64)
     monkeypatch.setattr(kernels, "PAGE_FOLD_BLOCK", 4)
     n = 1000 * unit
-    paged = build([n], 1, 8, 16)
+    size = page or n
+    paged = build([n], 1, 8, size)
+    if page is None:
+        paged.block_table = paged.block_table[:, :1]
     sinks = 3 * unit
     of_unit = torch.cat([torch.zeros(3), scores(997)]).repeat_interleave(unit)
-    pages = torch.nn.functional.pad(of_unit, (0, -n % 16)).view(-1, 16)
+    pages = torch.nn.functional.pad(of_unit, (0, -n % size), value=NAN).view(-1, size)
     paged.scores[paged.block_table[0, : len(pages)].long(), 0] = pages
-    row, position = items_of([(0, n - 1), (0, n // 2), (-1, 0)])
+    positions = [(0, n - 1), (0, n // 2), (-1, 0), (0, n - 22 * unit)]
+    row, position = items_of(positions)
     for k in (1, 30):
         budget = Budget(k=k * unit, window=20, sinks=sinks, refresh=1, unit=unit)
         expected, _ = reference.select(

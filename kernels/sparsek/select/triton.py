@@ -20,13 +20,9 @@ from vllm_sparsek.kernels.common.device import (
     units_kept,
 )
 from vllm_sparsek.kernels.select.chunk import ChunkBases
-from vllm_sparsek.kernels.select.device import (
-    POOL_CHUNK,
-    fold_best,
-    pool_pages,
-    radix_best,
-)
+from vllm_sparsek.kernels.select.device import POOL_CHUNK, pool_pages, radix_best
 from vllm_sparsek.kernels.select.memo import SelectionMemo
+from vllm_sparsek.kernels.select.sifting import fold_best
 
 TOKEN_BLOCK = 4096  # token scores per tile, at least
 MAX_FOLD = 8192  # tokens kept that leave room for as many more in a tile
@@ -59,7 +55,7 @@ def select_fwd_kernel(
     base_ptr,  # [bases, H, K] int32 (BASE)
     base_bounds_ptr,  # [bases, 3] int32 (BASE)
     item_base_ptr,  # [items] int32 (BASE)
-    room_ptr,  # [items, H, ROOM] int32 (FOLD), for streams longer than BLOCK
+    room_ptr,  # [items, H, ROOM + WORDS] int32 (ROOM > 0), for streams longer than ROOM
     first_unit,
     window,
     refresh,
@@ -81,6 +77,7 @@ def select_fwd_kernel(
     FOLD: tl.constexpr,
     BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """Kept units, ascending, of one (item, KV head).
 
@@ -156,8 +153,8 @@ def select_fwd_kernel(
         i_room = i_i.to(tl.int64) * tl.num_programs(1) + i_h
         fold_best(
             keep, first_unit, p_list, listed, fresh, end, p_scores, p_table, stride_score_block,
-            room_ptr + i_room * ROOM, p_units, max_units, PAGE, UNIT, POOLING, MEMO or BASE, BLOCK,
-            ROOM,
+            room_ptr + i_room * (ROOM + WORDS), p_units, max_units, PAGE, UNIT, POOLING,
+            MEMO or BASE, BLOCK, ROOM, WORDS,
         )  # fmt: skip
     else:
         radix_best(
@@ -172,7 +169,7 @@ def base_fwd_kernel(
     block_table_ptr,  # [rows, max_blocks] int32
     base_bounds_ptr,  # [bases, 3] int32
     units_ptr,  # [bases, H, K] int32
-    room_ptr,  # [bases, H, ROOM] int32 (FOLD), for streams longer than BLOCK
+    room_ptr,  # [bases, H, ROOM + WORDS] int32 (ROOM > 0), for streams longer than ROOM
     first_unit,
     window,
     k,
@@ -187,6 +184,7 @@ def base_fwd_kernel(
     FOLD: tl.constexpr,
     BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """The best units of one (base, KV head), ascending, padded with -1."""
     i_b, i_h = tl.program_id(0), tl.program_id(1)
@@ -205,8 +203,8 @@ def base_fwd_kernel(
     if FOLD:
         fold_best(
             keep, first_unit, p_units, listed, first_unit, end, p_scores, p_table,
-            stride_score_block, room_ptr + i_base * ROOM, p_units, max_units, PAGE, UNIT, POOLING,
-            False, BLOCK, ROOM,
+            stride_score_block, room_ptr + i_base * (ROOM + WORDS), p_units, max_units, PAGE, UNIT,
+            POOLING, False, BLOCK, ROOM, WORDS,
         )  # fmt: skip
     else:
         radix_best(
@@ -289,7 +287,8 @@ def _tile(
     """
     if soft or width is None or width > (MAX_FOLD_PAGES if pages else MAX_FOLD):
         block, warps = (PAGE_BLOCK, PAGE_WARPS) if pages else (TOKEN_BLOCK, TOKEN_BLOCK // 512)
-        return {"FOLD": False, "BLOCK": block, "ROOM": 0}, {"num_warps": warps}
+        tile = {"FOLD": False, "BLOCK": block, "ROOM": 0, "WORDS": 0}
+        return tile, {"num_warps": warps}
     least = PAGE_FOLD_BLOCK if pages else TOKEN_BLOCK
     block = max(least, triton.next_power_of_2(2 * width))
     # a thread loads a page's scores, or as many of tokens
@@ -299,21 +298,26 @@ def _tile(
         block = max(LEAST_BLOCK, triton.next_power_of_2(longest))
         # without room for more, and with few registers, many programs run side by side
         return (
-            {"FOLD": True, "BLOCK": block, "ROOM": 0},
+            {"FOLD": True, "BLOCK": block, "ROOM": 0, "WORDS": 0},
             {"num_warps": max(least_warps, min(16, block // threads)), "maxnreg": 128},
         )
     room = block if based else min(2 * block, MAX_ROOM)
     options = {"num_warps": max(4, room // 64 if pages else room // 512)}
     if based:
         options["maxnreg"] = 128
-    return {"FOLD": True, "BLOCK": block, "ROOM": room}, options
+    words = 0
+    if longest is not None and not pages and not based:
+        # int32 that hold words of 16 scores, two each: eight sizes between powers of two
+        step = max(512, triton.next_power_of_2(longest) // 16)
+        words = triton.cdiv(longest, step) * step // 32 + 16
+    return {"FOLD": True, "BLOCK": block, "ROOM": room, "WORDS": words}, options
 
 
 def _room(tile: dict[str, Any], units_out: torch.Tensor) -> torch.Tensor:
-    """Where streams are sifted: [items, H, ROOM] int32, or anything if they never are."""
+    """Where streams are sifted: [items, H, ROOM + WORDS] int32, or anything if they never are."""
     if tile["ROOM"] == 0:
         return units_out
-    return units_out.new_empty((*units_out.shape[:2], tile["ROOM"]))
+    return units_out.new_empty((*units_out.shape[:2], tile["ROOM"] + tile["WORDS"]))
 
 
 def shares_base(unit: int, width: int, competing: int) -> bool:
@@ -495,7 +499,7 @@ def base_case(
     page: int, unit: int, pooling: str = "lse"
 ) -> tuple[Any, str, dict[str, Any], dict[str, int]]:
     """One variant of ``base_fwd_kernel``."""
-    tile, options = _tile(unit > 1 and pooling != "none", False, 2048 // unit)
+    tile, options = _tile(unit > 1 and pooling != "none", False, 2048 // unit, 1 << 17)
     types = "*fp32 *i32 *i32 *i32 *i32 i32 i32 i32 i64 i32 i32 i32 i32"
     constexprs = {"PAGE": page, "UNIT": unit, "POOLING": pooling, **tile}
     return base_fwd_kernel, types, constexprs, options
@@ -511,35 +515,34 @@ def pool_case(
     return pool_fwd_kernel, types, constexprs, {"num_warps": PAGE_WARPS}
 
 
+_VARIANTS: list[tuple[Any, ...]] = [
+    (16, 1, "lse", False, "memo", 2048, 131072),
+    (64, 1, "lse", False, "", 8192, 131072),
+    (16, 1, "lse", False, "memo", None),
+    (16, 1, "lse", True, "memo", 2048),
+    (16, 1, "lse", False, "base", 2048),
+    (16, 1, "lse", False, "base", 2048, 3000),
+    (16, 16, "lse", False, "memo", 128),
+    (16, 16, "lse", False, "memo", None),
+    (128, 128, "lse", True, "memo", 16),
+    (32, 32, "mean", False, "memo", 64),
+    (32, 32, "max", False, "memo", 64),
+    (16, 16, "max", True, "memo", 128),
+    (64, 64, "lse", False, "memo", 32),
+    (48, 48, "lse", True, "memo", 32),
+    (16, 16, "none", False, "", 128, 10000),
+    (16, 16, "none", False, "", 32, 220),
+    (16, 16, "none", True, "", None),
+    (16, 16, "none", False, "base", 128, 260),
+    (0, 1, "lse", False, "", None),
+    (0, 1, "lse", False, "base", 2048, 3000),
+    (0, 1, "lse", False, "", 2048, 4000),
+    (0, 1, "lse", False, "", 2048, 32768),
+    (0, 16, "none", False, "", 128, 2000),
+    (0, 16, "lse", False, "memo", 128),
+]
 COMPILE_CASES = [
-    *(
-        compile_case(*case)
-        for case in [
-            (16, 1, "lse", False, "memo", 2048),
-            (16, 1, "lse", False, "memo", 8192),
-            (16, 1, "lse", False, "memo", None),
-            (16, 1, "lse", True, "memo", 2048),
-            (16, 1, "lse", False, "base", 2048),
-            (16, 1, "lse", False, "base", 2048, 3000),
-            (16, 16, "lse", False, "memo", 128),
-            (16, 16, "lse", False, "memo", None),
-            (128, 128, "lse", True, "memo", 16),
-            (32, 32, "mean", False, "memo", 64),
-            (32, 32, "max", False, "memo", 64),
-            (16, 16, "max", True, "memo", 128),
-            (64, 64, "lse", False, "memo", 32),
-            (48, 48, "lse", True, "memo", 32),
-            (16, 16, "none", False, "", 128),
-            (16, 16, "none", False, "", 32, 220),
-            (16, 16, "none", True, "", None),
-            (16, 16, "none", False, "base", 128, 260),
-            (0, 1, "lse", False, "", None),
-            (0, 1, "lse", False, "base", 2048, 3000),
-            (0, 1, "lse", False, "", 2048, 4000),
-            (0, 16, "none", False, "", 128, 2000),
-            (0, 16, "lse", False, "memo", 128),
-        ]
-    ),
+    *(compile_case(*case) for case in _VARIANTS),
     *(
         of_heads(compile_case(*case))
         for case in [
