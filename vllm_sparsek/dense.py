@@ -99,7 +99,7 @@ def attention_forward(
     select_impl = "auto" if impl == "fa3" else impl
     module = implementation("select", select_impl, q.device)
     shared = module.__name__.endswith("triton") and not soft
-    shared = shared and module.shares_base(budget.unit, width, competing)
+    shared = shared and module.shares_base(width, competing)
     out = torch.empty_like(q)
     # Triton launches on the current device
     with torch.cuda.device_of(q):

@@ -122,7 +122,7 @@ class Inputs:
         if case.kind == "prefill" and self.sets == 1 and self.device.type == "cuda":
             last = budget.selection_position(case.context - 1)
             competing = budget.units_competing(last)
-            if shares_base(budget.unit, units.shape[2], competing):
+            if shares_base(units.shape[2], competing):
                 bases = row_bases(
                     case.batch, case.queries, case.context, budget.refresh, self.device,
                     0, items.row.numel(),

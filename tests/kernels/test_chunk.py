@@ -29,6 +29,12 @@ BUDGETS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _bases_always(monkeypatch):
+    """However few units compete."""
+    monkeypatch.setattr(kernels, "_base_pays", lambda *_: True)
+
+
 def chunk_items(budget):
     """item_row, item_position and the bases of CHUNKS."""
     pairs, item_base, bounds = [], [], []
@@ -85,6 +91,7 @@ def test_items_look_at_their_base_and_at_what_left_the_window_since(device):
     passed_over = min(set(range(BUDGET.sinks, first_end)) - kept)
     # an end before this token: it competes for the items, but is not in the base
     bases.bounds[0, 1] = 16 * (passed_over // 16)
+    bases = replace(bases, span=500)
     paged.scores[paged.block_table[0, passed_over // 16], 0, passed_over % 16] = 1e9
     units = run(paged.to(device), row, position, bases, BUDGET)
     assert all(passed_over in item.tolist() for item in units[:3, 0])
@@ -103,3 +110,26 @@ def test_bases_are_refused_where_they_cannot_serve(device):
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"bases\.item_base"):
         run(paged.to(device), row, position, replace(bases, item_base=bases.item_base[:2]), BUDGET)
+
+
+def test_bases_are_made_where_they_leave_items_less_to_look_at():
+    # (units kept, most units that compete)
+    assert kernels.shares_base(256, 3900)
+    assert not kernels.shares_base(2100, 3900)
+    assert not kernels.shares_base(16, 900)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_base_that_does_not_pay_is_not_made(pays, device, monkeypatch):
+    monkeypatch.setattr(kernels, "_base_pays", lambda *_: pays)
+    made = []
+    lists = kernels._base_lists
+    monkeypatch.setattr(kernels, "_base_lists", lambda *a: made.append(1) or lists(*a))
+    paged = build(LENGTHS, 2, 8, 16)
+    row, position, bases = chunk_items(BUDGET)
+    width = BUDGET.max_units(max(LENGTHS))
+    expected, _ = reference.select(
+        paged.scores, paged.block_table, row, position, BUDGET, "max", False, width
+    )
+    assert torch.equal(run(paged.to(device), row, position, bases, BUDGET), expected)
+    assert bool(made) is pays

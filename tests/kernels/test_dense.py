@@ -215,7 +215,7 @@ def test_selections_that_share_a_base_are_those_made_alone(name, at_once, device
     alone = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
     assert not launched
     monkeypatch.setattr(select_triton, "shares_base", lambda *_: True)
-    monkeypatch.setattr(select_triton, "BASE_FROM", 0)
+    monkeypatch.setattr(select_triton, "_base_pays", lambda *_: True)
     together = attention_forward(q, k, v, scores=scores, config=settings, impl="triton")
     assert launched
     torch.testing.assert_close(together, alone, rtol=0, atol=0)

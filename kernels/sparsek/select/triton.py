@@ -320,16 +320,23 @@ def _room(tile: dict[str, Any], units_out: torch.Tensor) -> torch.Tensor:
     return units_out.new_empty((*units_out.shape[:2], tile["ROOM"] + tile["WORDS"]))
 
 
-def shares_base(unit: int, width: int, competing: int) -> bool:
-    """Whether items of a row gain from a base: not where a selection reads its units once.
+def shares_base(width: int, competing: int) -> bool:
+    """Whether items of a row may gain from a base: not where few more units compete than are kept.
 
     Args:
-        unit, width: tokens of a unit, units kept; competing: most units that compete for them.
+        width: units kept; competing: most units that compete for them.
     """
-    if unit > 1:
-        return competing > BASE_FROM
-    tile, _ = _tile(False, False, width)
-    return bool(competing > tile["BLOCK"])
+    small = triton.next_power_of_2(max(width, 1)) < triton.next_power_of_2(max(competing, 1))
+    return bool(competing > BASE_FROM and small)
+
+
+def _base_pays(items: int, bases: int, based: int, competing: int) -> bool:
+    """Whether ``bases`` bases leave ``items`` items tiles so much smaller that it is worth it.
+
+    Args:
+        based: the longest stream of an item with a base; competing: of one without.
+    """
+    return shares_base(based, competing) and 2 * bases <= items
 
 
 def _pooled(
@@ -389,14 +396,16 @@ def select(
         pooled = _pooled(scores, block_table, item_row, item_position, budget, pooling, competing)
         if pooled is not None:
             scores, pooling, by_row = pooled, "none", True
-            if competing <= BASE_FROM:
-                bases = None
     pages = budget.unit > 1 and not by_row
     # of a stream: what can compete, with holes in a list that is taken up again
     longest = competing + (width if memo is not None else 0)
     base, base_bounds, item_base = units_out, item_row, item_row
     if bases is not None:
-        longest = width + bases.span // budget.unit + 1
+        based = width + triton.cdiv(bases.span, budget.unit)
+        if not _base_pays(items, bases.bounds.shape[0], based, competing):
+            bases = None
+    if bases is not None:
+        longest = based
         base = _base_lists(scores, block_table, bases, budget, page, pooling, width)
         base_bounds, item_base = bases.bounds, bases.item_base
     tile, options = _tile(pages, soft, width, longest, bases is not None)
