@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from fractions import Fraction
 
 import pytest
 
@@ -131,6 +132,9 @@ BAD_VALUES = {
     "refresh-zero": ({"refresh": 0}, "refresh=0", "at least 1"),
     "dense_until-negative": ({"dense_until": -1}, "dense_until=-1", "at least 0"),
     "dense_until-share": ({"dense_until": 0.5}, "dense_until=0.5", "type int"),
+    "dense_until-text": ({"dense_until": "aut"}, "dense_until='aut'", "'auto'"),
+    "dense_until-bool": ({"dense_until": True}, "dense_until=True", "type int"),
+    "dense_until-null": ({"dense_until": None}, "dense_until=None", "type int"),
     "seed-text": ({"seed": "1"}, "seed='1'", "type int"),
     "granularity": ({"granularity": "pages"}, "granularity='pages'", "'page'"),
     "granularity-list": ({"granularity": ["page"]}, "granularity=['page']", "token, page"),
@@ -344,9 +348,53 @@ def test_a_share_is_of_the_context_with_a_floor():
 @pytest.mark.parametrize(
     ("until", "limit", "first"),
     [(0, 4096, 128), (100, 4096, 128), (2000, 4096, 2000), (5000, 4096, 4096), (0, 64, 64)],
-    ids=["unset", "within the budget", "beyond it", "beyond the limit", "all fits"],
+    ids=["by the budget", "within the budget", "beyond it", "beyond the limit", "all fits"],
 )
 def test_queries_are_dense_as_far_as_the_budget_and_dense_until_reach(until, limit, first):
     config = SparseKConfig(k=64, window=48, sinks=16, refresh=32, dense_until=until)
     by_budget = config.budget(16).first_sparse_position(limit)
     assert config.first_sparse_position(16, limit) == max(by_budget, min(until, limit)) == first
+
+
+def test_by_default_queries_are_sparse_where_the_context_is_4_3_of_what_is_read():
+    config = SparseKConfig()
+    assert config.dense_until == "auto"
+    # 4/3 of 16 + 1536 + 512
+    assert config.dense_below == config.first_sparse_position(16, 1 << 17) == 2752
+    assert config.first_sparse_position(16, 2100) == 2100
+    assert SparseKConfig(k=97, window=48, sinks=5).dense_below == 200
+    assert SparseKConfig(k=98, window=48, sinks=5).dense_below == 202
+
+
+def test_auto_never_ends_within_the_budget():
+    # a refresh block that begins within the budget is dense to its end
+    config = SparseKConfig(k=3, window=3, sinks=0, refresh=64)
+    assert config.dense_below == 8
+    assert config.first_sparse_position(16, 4096) == 64
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.74])
+@pytest.mark.parametrize("k_min", [1, 256, 3000])
+def test_auto_of_a_share_is_where_the_context_stays_4_3_of_what_is_read(share, k_min):
+    config = SparseKConfig(k=share, k_min=k_min, window=512, sinks=16)
+    first = config.dense_below
+
+    def enough(position: int) -> bool:
+        kept = max(Fraction(k_min), Fraction(share) * (position + 1))
+        return 3 * position >= 4 * (16 + 512 + kept)
+
+    assert not enough(first - 1)
+    assert all(enough(position) for position in range(first, first + 5000))
+
+
+def test_a_share_of_three_quarters_is_never_worth_it_and_an_explicit_number_is_obeyed():
+    assert SparseKConfig(k=0.75).dense_below is None
+    assert SparseKConfig(k=0.9).first_sparse_position(16, 1 << 17) == 1 << 17
+    assert SparseKConfig(k=0.75, dense_until=0).first_sparse_position(16, 1 << 17) < 1 << 17
+
+
+def test_auto_comes_from_every_source():
+    asked = {"dense_until": 7}
+    assert SparseKConfig.resolve(additional=asked, env={}).dense_until == 7
+    env = {"SPARSEK_DENSE_UNTIL": "auto"}
+    assert SparseKConfig.resolve(additional=asked, env=env).dense_until == "auto"

@@ -84,6 +84,23 @@ def test_queries_that_read_sparsely_are_requests_of_their_own_for_the_dense_path
     assert row.tolist() == [0, 1, 2, 2, 3, 4]
 
 
+def test_dense_queries_beyond_the_budget_are_cut_off_like_those_within_it(builder):
+    # the budget ends at 68, 4/3 of it is 91: within a chunk and within a refresh block
+    first = builder.config.first_sparse_position(16, 1024)
+    assert (builder.budget.first_sparse_position(1024), first) == (80, 91)
+    chunks = [(0, 100), (85, 95), (90, 91), (91, 92)]
+    items = items_of(builder, chunks, sparse_from=first)
+    assert items.row.tolist() == [0, 0, 1, 3]
+    assert items.position.tolist() == [91, 96, 91, 91]
+    assert items.query_len.tolist() == [5, 4, 4, 1]
+    starts, ends = (np.array(part) for part in zip(*chunks, strict=True))
+    in_batch = np.concatenate([[0], (ends - starts).cumsum()])
+    begin, length, row = dense_requests(in_batch, ends, np.full(len(ends), first))
+    assert np.diff(begin).tolist() == [91, 9, 6, 4, 1, 1]
+    assert length.tolist() == [91, 0, 91, 0, 91, 0]
+    assert row.tolist() == [0, 0, 1, 1, 2, 3]
+
+
 def test_a_batch_is_cut_into_requests():
     table = torch.arange(12, dtype=torch.int32).view(3, 4)
     common = CommonAttentionMetadata(

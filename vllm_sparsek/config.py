@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +30,10 @@ LayerBudgets = Literal["auto", "uniform"]
 ENV_PREFIX = "SPARSEK_"
 # tokens per unit of query-aware selection: Quest's page, whatever the KV block is
 QUERY_UNIT = 16
+# ``dense_until: auto`` reads sparsely where the context is at least so many times what is read.
+# On an H200, 16 to 64 requests, the sparse decode kernel takes 1.2 to 1.4 times as long a token
+# as FlashAttention-3: just above the budget, sparse attention loses time as well as quality.
+WORTH_SPARSE = Fraction(4, 3)
 
 
 class SparseKConfigError(ValueError):
@@ -59,7 +65,10 @@ class SparseKConfig:
         prefill: ``sparse``, ``dense`` (only decode is sparse), or ``auto``: sparse with a
             learned scorer, dense without one.
         dense_until: queries at positions below it read their whole context, also where prefill
-            is sparse: a document read densely, and the question about it sparsely.
+            is sparse: a document read densely, and the question about it sparsely. ``auto``:
+            the position from which the context is at least 4/3 of what is read, see
+            ``dense_below``; a ``k`` of 3/4 of the context or more is then never sparse. 0: sparse
+            as soon as the budget is exceeded.
         dense_layers: indices of layers that always read the whole context.
         layer_budgets: ``auto`` (a scorer's file may split the total budget unevenly over layers
             and KV heads) or ``uniform`` (every head of every layer keeps ``k``).
@@ -77,7 +86,7 @@ class SparseKConfig:
     scorer: str = "auto"
     scorer_path: str | None = None
     prefill: Prefill = "auto"
-    dense_until: int = 0
+    dense_until: int | Literal["auto"] = "auto"
     dense_layers: tuple[int, ...] = ()
     layer_budgets: LayerBudgets = "auto"
     seed: int = 0
@@ -129,6 +138,11 @@ class SparseKConfig:
                 continue
             if field.name == "scorer_path" and value is None:
                 continue
+            if field.name == "dense_until" and value == "auto":
+                continue
+            if field.name == "dense_until" and isinstance(value, str):
+                raise _error(field.name, value, "it must be auto or a number of tokens",
+                             nearest(value, ("auto",)))  # fmt: skip
             default_kind: tuple[type, ...] = (
                 (str,) if field.name in ("scorer", "scorer_path") else (int,)
             )
@@ -174,7 +188,25 @@ class SparseKConfig:
     def first_sparse_position(self, page: int, limit: int) -> int:
         """Smallest position whose query may be sparse, or ``limit`` if there is none below it."""
         by_budget = self.budget(page).first_sparse_position(limit)
-        return max(by_budget, min(self.dense_until, limit))
+        until = self.dense_below if isinstance(self.dense_until, str) else self.dense_until
+        return limit if until is None else max(by_budget, min(until, limit))
+
+    @property
+    def dense_below(self) -> int | None:
+        """What ``dense_until: auto`` stands for; None: everything is read densely.
+
+        The first position from which positions are at least ``WORTH_SPARSE`` times what a query
+        there reads (a share of the context is not rounded here), and stay so.
+        """
+        around = self.sinks + self.window
+        if not isinstance(self.k, float):
+            return math.ceil(WORTH_SPARSE * (around + self.k))
+        share = Fraction(self.k)
+        if WORTH_SPARSE * share >= 1:
+            return None
+        # position >= WORTH_SPARSE * (around + share * (position + 1)), and the same of the floor
+        by_share = WORTH_SPARSE * (around + share) / (1 - WORTH_SPARSE * share)
+        return math.ceil(max(by_share, WORTH_SPARSE * (around + self.k_min)))
 
     @classmethod
     def resolve(

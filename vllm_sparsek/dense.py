@@ -30,7 +30,7 @@ DEFAULT_SCORER = "keydiff"
 SELECTION_BYTES = 256 << 20
 # settings that are about serving, and the values that say nothing
 SERVING_ONLY: dict[str, tuple[Any, ...]] = {
-    "prefill": ("auto", "sparse"), "dense_until": (0,), "dense_layers": ((),),
+    "prefill": ("auto", "sparse"), "dense_until": ("auto", 0), "dense_layers": ((),),
     "layer_budgets": ("auto", "uniform"),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.engine
 
 LENGTHS = (600, 211, 40)
 TOKENS = 12
-SMALL = {"k": 64, "window": 32, "sinks": 4, "refresh": 16, "scorer": "knorm"}
+SMALL = {"k": 64, "window": 32, "sinks": 4, "refresh": 16, "dense_until": 0, "scorer": "knorm"}
 # neither a multiple of refresh nor of a page
 WITHIN = 333
 SETTINGS = {
@@ -19,6 +19,9 @@ SETTINGS = {
     "within": {**SMALL, "prefill": "sparse", "dense_until": WITHIN},
     "within, in chunks": {**SMALL, "prefill": "sparse", "dense_until": WITHIN},
     "as long as the prompt": {**SMALL, "prefill": "sparse", "dense_until": LENGTHS[0]},
+    "auto": {**SMALL, "prefill": "sparse", "dense_until": "auto"},
+    # 4/3 of k, window and sinks
+    "the number of auto": {**SMALL, "prefill": "sparse", "dense_until": 134},
     "dense prefill": {**SMALL, "prefill": "dense"},
     "dense prefill and all answers": {**SMALL, "prefill": "dense", "dense_until": 1000},
 }
@@ -69,8 +72,20 @@ def test_answers_below_dense_until_are_those_of_the_dense_backend(results):
     assert settings["density"] == 1
 
 
+def test_auto_is_a_number(results):
+    auto, number = results["auto"], results["the number of auto"]
+    assert_same_tokens(auto["answers"][0], number["answers"][0], EXACT)
+    assert auto["density"] == number["density"]
+
+
 def test_the_counters_tell_dense_from_sparse_queries(results):
-    order = ("sparse prefill", "within", "as long as the prompt", "dense prefill and all answers")
+    order = (
+        "sparse prefill",
+        "auto",
+        "within",
+        "as long as the prompt",
+        "dense prefill and all answers",
+    )
     densities = [results[name]["density"] for name in order]
     assert densities == sorted(densities)
     assert len(set(densities)) == len(densities)

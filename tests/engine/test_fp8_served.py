@@ -18,7 +18,7 @@ TOKENS = 12
 MORE = random_prompts((600, 211, 40, 500, 400, 300, 350, 450, 250, 550))
 # of keys and values: the tiny model's reach 9, fp8 reaches 448
 SCALES = [0.04, 0.03]
-SMALL = {"k": 64, "window": 32, "sinks": 4, "refresh": 16}
+SMALL = {"k": 64, "window": 32, "sinks": 4, "refresh": 16, "dense_until": 0}
 SETTINGS = {
     "default": {},
     "quest": SMALL,

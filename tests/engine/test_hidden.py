@@ -13,7 +13,7 @@ from vllm_sparsek.scorers.scorer_file import ScorerFile, ScorerHeader, save_scor
 pytestmark = pytest.mark.engine
 
 LAYERS, HEADS, DIM, SIZE, UNITS, PAGE = 2, 2, 64, 256, 12, 32
-SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16}
+SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16, "dense_until": 0}
 TOKENS = 12
 # float32 on the CPU, float16 on a GPU
 EXACT = not torch.cuda.is_available()

@@ -20,15 +20,19 @@ BY_LAYER = (0.25, 2.0, 0.0, 0.75)
 BY_HEAD = ((0.25, 0.75), (3.0, 1.0), (0.0, 0.0), (0.5, 0.5))
 DENSE = [2]
 SETTINGS = {
-    "number": {"k": 96, "window": 48, "sinks": 4, "refresh": 16, "dense_layers": DENSE},
+    "number": {
+        "k": 96, "window": 48, "sinks": 4, "refresh": 16, "dense_layers": DENSE, "dense_until": 0,
+    },
     "share, pages": {
         "k": 0.25, "k_min": 64, "window": 40, "sinks": 4, "refresh": 32, "granularity": "page",
-        "mode": "soft_v", "dense_layers": DENSE,
+        "mode": "soft_v", "dense_layers": DENSE, "dense_until": 0,
     },
-    "heads": {"k": 96, "window": 48, "sinks": 4, "refresh": 16, "dense_layers": DENSE},
+    "heads": {
+        "k": 96, "window": 48, "sinks": 4, "refresh": 16, "dense_layers": DENSE, "dense_until": 0,
+    },
     "heads, share, pages": {
         "k": 0.2, "k_min": 64, "window": 40, "sinks": 4, "refresh": 32, "granularity": "page",
-        "mode": "soft_v", "dense_layers": DENSE,
+        "mode": "soft_v", "dense_layers": DENSE, "dense_until": 0,
     },
 }  # fmt: skip
 SHARES = {name: BY_HEAD if name.startswith("heads") else BY_LAYER for name in SETTINGS}

@@ -15,7 +15,7 @@ from vllm_sparsek.scorers.scorer_file import FORMAT
 
 pytestmark = pytest.mark.engine
 
-SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16}
+SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16, "dense_until": 0}
 TOKENS = 12
 
 

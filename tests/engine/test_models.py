@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engine
 # two prompts far beyond the small budget, one inside it
 PROMPTS = random_prompts((600, 211, 40))
 TOKENS = 12
-SMALL = {"k": 64, "window": 32, "sinks": 4, "refresh": 16}
+SMALL = {"k": 64, "window": 32, "sinks": 4, "refresh": 16, "dense_until": 0}
 CUDA = torch.cuda.is_available()
 
 

@@ -9,7 +9,7 @@ from answers import assert_same_tokens
 pytestmark = pytest.mark.engine
 
 # far below the prompts' lengths, so that most queries are sparse
-SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16}
+SMALL = {"k": 96, "window": 48, "sinks": 4, "refresh": 16, "dense_until": 0}
 CASES = {
     "quest": {**SMALL, "scorer": "quest"},
     "keydiff dense prefill": {**SMALL, "scorer": "keydiff"},
@@ -17,6 +17,10 @@ CASES = {
     "pages, soft_v, share": {
         "k": 0.25, "k_min": 32, "window": 40, "sinks": 4, "refresh": 32, "granularity": "page",
         "mode": "soft_v", "scorer": "keydiff", "prefill": "sparse", "dense_layers": [0, 7],
+        "dense_until": 0,
+    },
+    "knorm, dense until auto": {
+        **SMALL, "scorer": "knorm", "prefill": "sparse", "dense_until": "auto",
     },
 }  # fmt: skip
 TOKENS = 24

@@ -25,7 +25,7 @@ from processes import engine_env, engine_flags
 pytestmark = pytest.mark.engine
 
 READY_SECONDS = 300
-SETTINGS = {"k": 64, "window": 32, "sinks": 4, "refresh": 16}
+SETTINGS = {"k": 64, "window": 32, "sinks": 4, "refresh": 16, "dense_until": 0}
 # by name: the model has a shipped scorer
 SPARSEK = {"scorer": "quest", **SETTINGS}
 TOKENS = 40

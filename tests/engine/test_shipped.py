@@ -16,7 +16,7 @@ from vllm_sparsek.scorers.scorer_reader import ScorerReader
 pytestmark = pytest.mark.engine
 
 LAYERS, HEADS, DIM = 2, 2, 64
-SMALL = {"k": 32, "window": 24, "sinks": 4, "refresh": 8}
+SMALL = {"k": 32, "window": 24, "sinks": 4, "refresh": 8, "dense_until": 0}
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def test_all_cells_run_dense_first_and_are_reported(evaluate, tmp_path, capsys):
     assert all(engine["attention_backend"] == "sparsek" for engine in engines[1:])
     settings = [engine["additional_config"]["sparsek"] for engine in engines[1:4]]
     assert [(s["prefill"], s.get("dense_until")) for s in settings] == [
-        ("sparse", 0), ("dense", None), ("sparse", 512),
+        ("sparse", 0), ("dense", 0), ("sparse", 512),
     ]  # fmt: skip
     assert {s["k"] + s["window"] + s["sinks"] for s in settings} == {256}
     out = tmp_path / "out"

@@ -137,9 +137,9 @@ def budget_settings(scorer: str, share: float, length: int) -> dict[str, int]:
 
 
 def column_settings(column: str, length: int) -> dict[str, Any]:
-    """What makes a column."""
+    """What makes a column; a budget is one of every query that exceeds it."""
     if column == "decode":
-        return {"prefill": "dense"}
+        return {"prefill": "dense", "dense_until": 0}
     return {"prefill": "sparse", "dense_until": length if column == "question" else 0}
 
 
