@@ -345,27 +345,28 @@ def test_shipped_tables_are_valid_and_an_unmeasured_gpu_has_none():
     for capability in capabilities:
         engines.table_of(capability)
     assert engines.table_of(80) == ()
-    assert engines.engine_of(80, "prefill", 1, 128, 512) == "triton"
+    assert engines.engines_of(80, "prefill", 1, 128, 512) == ("triton",)
 
 
-def test_the_first_rule_that_fits_decides(monkeypatch):
+def test_rules_that_hold_are_tried_in_order_up_to_triton(monkeypatch):
     table = """
 rules:
   - {operation: prefill, granularity: page, engine: triton}
-  - {operation: prefill, rows_at_least: 64, head_dims: [64, 128], engine: fa3}
+  - {operation: prefill, rows_at_least: 64, head_dims: [64, 128], engine: hopper}
+  - {operation: prefill, rows_at_least: 64, engine: fa3}
 """
     monkeypatch.setattr(engines, "table_of", lambda _: engines.parse(table, "t"))
-    engines.engine_of.cache_clear()
+    engines.engines_of.cache_clear()
     asked = {
-        ("prefill", 1, 128, 64): "fa3",
-        ("prefill", 1, 64, 999): "fa3",
-        ("prefill", 1, 128, 63): "triton",
-        ("prefill", 1, 256, 64): "triton",
-        ("prefill", 16, 128, 64): "triton",
-        ("decode", 1, 128, 64): "triton",
+        ("prefill", 1, 128, 64): ("hopper", "fa3", "triton"),
+        ("prefill", 1, 64, 999): ("hopper", "fa3", "triton"),
+        ("prefill", 1, 256, 64): ("fa3", "triton"),
+        ("prefill", 1, 128, 63): ("triton",),
+        ("prefill", 16, 128, 64): ("triton",),
+        ("decode", 1, 128, 64): ("triton",),
     }
-    found = {what: engines.engine_of(90, *what) for what in asked}
-    engines.engine_of.cache_clear()
+    found = {what: engines.engines_of(90, *what) for what in asked}
+    engines.engines_of.cache_clear()
     assert found == asked
 
 
@@ -380,6 +381,9 @@ FAULTS = {
     "no mapping": ("rules: [fa3]", "t: rule 1"),
     "operation": ("rules: [{operation: select, engine: fa3}]", "operation must be one of"),
     "engine": ("rules: [{operation: decode, engine: fa4}]", "engine must be one of"),
+    "engine of another operation": (
+        "rules: [{operation: decode, engine: hopper}]", "engine must be one of",
+    ),
     "granularity": (
         "rules: [{operation: decode, engine: fa3, granularity: word}]", "granularity must be",
     ),
@@ -392,30 +396,53 @@ def test_a_faulty_table_names_the_fault(text, message):
         engines.parse(text, "t")
 
 
-def chosen_module(monkeypatch, impl, says, fits=(True, "")):
-    """Name of the module that decodes on a GPU whose table ``says`` an engine."""
-    from vllm_sparsek.kernels.decode import fa3 as decode_fa3
+def chosen_module(monkeypatch, impl, says, unfit=(), missing=()):
+    """Name of the module that prefills on a GPU whose table ``says`` engines."""
+    modules = {
+        name: SimpleNamespace(
+            __name__=name, fits=lambda *_, n=name: (n not in unfit, "too odd" if n in unfit else "")
+        )
+        for name in ("triton", "fa3", "hopper")
+    }
+
+    def load(operation, name, device):
+        if name in missing:
+            raise ImportError(f"no {name} here")
+        return modules[name]
 
     monkeypatch.setattr(engines, "compute_capability", lambda device: 90)
-    monkeypatch.setattr(engines, "engine_of", lambda *_: says)
-    monkeypatch.setattr(decode_fa3, "fits", lambda *_: fits)
+    monkeypatch.setattr(engines, "engines_of", lambda *_: says)
+    monkeypatch.setattr(engines, "implementation", load)
     query = SimpleNamespace(shape=(1, 4, 64), device=CUDA)
-    module = engines.attention_module("decode", impl, query, 2, None, None, None, BUDGET)
-    return module.__name__.rpartition(".")[2]
+    return engines.attention_module("prefill", impl, query, 2, None, None, None, BUDGET).__name__
+
+
+ALL = ("hopper", "fa3", "triton")
 
 
 def test_auto_follows_the_table_and_a_name_does_not(monkeypatch):
-    assert chosen_module(monkeypatch, "auto", "triton") == "triton"
-    assert chosen_module(monkeypatch, "auto", "fa3") == "fa3"
-    assert chosen_module(monkeypatch, "triton", "fa3") == "triton"
-    assert chosen_module(monkeypatch, "fa3", "triton") == "fa3"
+    assert chosen_module(monkeypatch, "auto", ("triton",)) == "triton"
+    assert chosen_module(monkeypatch, "auto", ALL) == "hopper"
+    assert chosen_module(monkeypatch, "auto", ALL, unfit=("hopper",)) == "fa3"
+    assert chosen_module(monkeypatch, "triton", ALL) == "triton"
+    assert chosen_module(monkeypatch, "fa3", ("triton",)) == "fa3"
 
 
-def test_auto_falls_back_to_triton_and_logs_the_reason_once(monkeypatch, caplog):
+def test_auto_passes_over_what_cannot_and_logs_the_reason_once(monkeypatch, caplog):
     caplog.set_level("INFO", engines.__name__)
     for _ in range(3):
-        assert chosen_module(monkeypatch, "auto", "fa3", (False, "too odd")) == "triton"
-    assert caplog.text.count("sparsek decode runs on triton where the table says fa3: too odd") == 1
+        found = chosen_module(monkeypatch, "auto", ALL, unfit=("fa3",), missing=("hopper",))
+        assert found == "triton"
+    expected = "sparsek prefill passes over fa3, which the table says: too odd"
+    assert caplog.text.count(expected) == 1
+    assert caplog.text.count("passes over hopper, which the table says: no hopper here") == 1
+
+
+def test_an_engine_asked_for_that_cannot_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match="prefill: impl 'hopper' does not fit: too odd"):
+        chosen_module(monkeypatch, "hopper", ALL, unfit=("hopper",))
+    with pytest.raises(RuntimeError, match="impl 'hopper' cannot be loaded: no hopper here"):
+        chosen_module(monkeypatch, "hopper", ALL, missing=("hopper",))
 
 
 def test_other_operations_have_no_such_implementation():

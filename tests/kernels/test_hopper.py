@@ -34,6 +34,8 @@ CASES = {
     "r256-page": (F16, 1, 1, 128, 16, [(0, 512, 513)], Budget(256, 128, 16, 256, 16), False),
     "r64-g5-odd-heads": (BF16, 3, 5, 64, 32, [(0, 100, 201)], Budget(64, 33, 5, 64), False),
     "a-chunk-within-a-block": (F16, 1, 4, 128, 16, [(0, 900, 7)], Budget(400, 65, 0, 64), False),
+    "long-lists": (BF16, 1, 4, 128, 16, [(0, 2200, 140)], Budget(1700, 65, 3, 64), False),
+    "long-lists-page": (F16, 2, 1, 128, 16, [(0, 2100, 300)], Budget(1600, 64, 0, 128, 16), False),
     "many-tiles-a-program": (F16, 6, 2, 64, 16, [(0, 0, 2500)], Budget(96, 65, 3, 64), False),
 }
 
@@ -116,5 +118,5 @@ def test_without_a_hopper_gpu_it_is_refused(device, monkeypatch):
     paged, query, items, units, gates, budget, scale = problem(CASES["r64-g4"])
     hopper = pytest.importorskip("vllm_sparsek.kernels.prefill.hopper")
     monkeypatch.setattr(hopper, "compute_capability", lambda _: 80)
-    with pytest.raises(ValueError, match="compute capability 9.0"):
+    with pytest.raises(ValueError, match=r"compute capability 9\.0"):
         attend(paged.to(device), query, items, units, gates, budget, scale, "hopper")

@@ -95,7 +95,8 @@ def engines_of(
     granularity = GRANULARITIES[unit > 1]
     rules = table_of(capability)
     found = [rule.engine for rule in rules if rule.holds(operation, granularity, head_dim, rows)]
-    return (*found, "triton")
+    found.append("triton")
+    return tuple(found[: found.index("triton") + 1])
 
 
 @functools.cache
@@ -131,7 +132,15 @@ def attention_module(
         capability = compute_capability(device)
         candidates = engines_of(capability, operation, budget.unit, query.shape[-1], rows)
     for engine in candidates:
-        module = implementation(operation, engine, device)
+        try:
+            module = implementation(operation, engine, device)
+        except ImportError as error:
+            if engine == impl:
+                raise RuntimeError(
+                    f"{operation}: impl {impl!r} cannot be loaded: {error}"
+                ) from error
+            _log_passed_over(operation, engine, str(error))
+            continue
         if engine not in ENGINES[operation]:
             break
         ok, reason = module.fits(query, key_cache, value_cache, gates, budget)

@@ -142,6 +142,12 @@ def _no_fa3(case: Case, budget: Budget | None) -> str:
     return reason
 
 
+def _no_hopper(case: Case, budget: Budget | None) -> str:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        return ""
+    return "needs a GPU of compute capability 9.0"
+
+
 ARMS = (
     Arm("sparsek", ("prefill", "decode"), "attention+selection", _both, sparse=True),
     Arm("sparsek-attend", ("prefill", "decode"), "attention", _attend, sparse=True),
@@ -153,6 +159,10 @@ ARMS = (
     Arm(
         "sparsek-fa3", ("prefill", "decode"), "attention", partial(_attend, impl="fa3"),
         sparse=True, unavailable=_no_fa3, by_name=True,
+    ),
+    Arm(
+        "sparsek-hopper", ("prefill",), "attention", partial(_attend, impl="hopper"), sparse=True,
+        unavailable=_no_hopper, by_name=True,
     ),
     Arm("sparsek-select", ("prefill", "decode", "select"), "selection", _select, sparse=True),
     Arm(
