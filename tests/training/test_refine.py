@@ -168,7 +168,7 @@ def features(key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor | None
 
 def training(model, steps: int, layers: tuple[int, ...] = (0, 1, 2)) -> LogitsRefinement:
     scorers = {layer: new_scorer(2, 128, layer) for layer in layers}
-    return LogitsRefinement(model, scorers, features, False, BUDGET, steps)
+    return LogitsRefinement(model, scorers, features, False, [BUDGET], steps)
 
 
 def test_the_loss_is_the_divergence_of_sparse_logits_and_falls(model):

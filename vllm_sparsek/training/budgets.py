@@ -42,7 +42,7 @@ STEPS = 64
 # points of the curve of dropped attention
 POINTS = 17
 # heads are measured at these parts of the even one
-PARTS = [0.125, 0.25, 0.5, 1.0, 2.0]
+PARTS = [0.125, 0.5, 2.0]
 
 
 def curve(scores: torch.Tensor, targets: Targets, share: float, split: Split) -> torch.Tensor:

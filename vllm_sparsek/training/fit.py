@@ -52,13 +52,13 @@ REFRESH = 64
 # splits of the budget are judged at these shares
 JUDGED = (SHARE, 0.12)
 # number and length of the windows that damage is measured on, and of those that judge splits
-PROBES = {"cpu": (1, 4096), "cuda": (6, 8192)}
+PROBES = {"cpu": (1, 4096), "cuda": (6, 4096)}
 # of the finished steps' tensors: an earlier version's are not gone on with
-STEPS_VERSION = 3
+STEPS_VERSION = 4
 # every so-many-th query is kept for output reconstruction
 QUERY_STRIDE = 16
 # length of the windows that the whole model is refined on, and steps between two checkpoints
-REFINE_TOKENS = 1024
+REFINE_TOKENS = {"cpu": 1024, "cuda": 4096}
 REFINE_KEPT = 5
 
 
@@ -210,6 +210,8 @@ class _Run:
         self.settings, self.store, self.progress = settings, store, progress
         self.source, self.fingerprint = source, fingerprint
         self.device = torch.device(settings.device)
+        # of settings that depend on how fast it is
+        self.kind = "cuda" if self.device.type == "cuda" else "cpu"
         # proportions of a window: eight segments, and tokens nearer than a sixteenth of it are
         # taken to be in the sliding window anyway
         tokens = settings.window_tokens
@@ -234,7 +236,7 @@ class _Run:
                 settings.solve.seed,
             )  # fmt: skip
             # more, for the damage of layers and to judge splits: not among those fitted to
-            count, tokens = PROBES["cuda" if self.device.type == "cuda" else "cpu"]
+            count, tokens = PROBES[self.kind]
             self.probe_tokens = min(tokens, settings.window_tokens)
             self.probes, self.judges = (
                 probe_windows(
@@ -365,7 +367,7 @@ class _Run:
     def refine_logits(self) -> None:
         """Train all layers' scorers together by what the model loses."""
         settings, steps = self.settings, self.settings.refine_steps
-        tokens = min(REFINE_TOKENS, settings.window_tokens)
+        tokens = min(REFINE_TOKENS[self.kind], settings.window_tokens)
         states = {layer: self.store.read(f"layer-{layer}", "state.") for layer in self.layers}
         scorers = {
             layer: LayerScorer(
@@ -377,7 +379,7 @@ class _Run:
             scorer.load_state_dict(states[layer])
         training = LogitsRefinement(
             self.model, scorers, self._features, self.capturing.hidden,
-            self._budget(SHARE, tokens), steps,
+            [self._budget(share, tokens) for share in JUDGED], steps,
         )  # fmt: skip
         if self.store.has("refine"):
             training.load(self.store.read("refine"), self.store.record("refine"))

@@ -7,7 +7,7 @@ nothing else: a token's features are taken as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from vllm_sparsek.training.soft import soft_attention, soft_causal
 from vllm_sparsek.training.solve import LayerScorer
 
 OUTPUTS_RATE, LOGITS_RATE = 0.005, 0.01
+# steps that take windows of every kind, see ``data.refinement_window``
+KINDS = 4
 # queries a step of output reconstruction looks at
 QUERIES = 32
 
@@ -125,7 +127,7 @@ class LogitsRefinement:
         scorers: Mapping[int, LayerScorer],
         features: Features,
         hidden: bool,
-        budget: Budget,
+        budgets: Sequence[Budget],
         steps: int,
     ) -> None:
         """Begin.
@@ -135,11 +137,12 @@ class LogitsRefinement:
             scorers: by layer, fitted; changed in place.
             features: what they read.
             hidden: whether ``features`` reads hidden states.
-            budget: of every layer, for the windows that ``step`` gets.
+            budgets: of every layer, for the windows that ``step`` gets: each for as many steps
+                as there are kinds of windows, in turn.
             steps: how many there will be.
         """
         self.model, self.scorers, self.features = model, scorers, features
-        self.hidden, self.budget, self.steps = hidden, budget, steps
+        self.hidden, self.budgets, self.steps = hidden, budgets, steps
         self.losses: list[float] = []
         self.parameters = [
             parameter for layer in sorted(scorers) for parameter in scorers[layer].parameters()
@@ -180,7 +183,8 @@ class LogitsRefinement:
 
     def _backward(self, window: Window) -> float:
         """Add the gradient of a window's loss, and return the loss."""
-        tokens = NextTokens(self.model, window, self.budget)
+        budget = self.budgets[len(self.losses) // KINDS % len(self.budgets)]
+        tokens = NextTokens(self.model, window, budget)
 
         def attend(
             layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -190,7 +194,7 @@ class LogitsRefinement:
             scorer = self.scorers[layer]
             with torch.no_grad():
                 x = scorer.normalise(self.features(key, value, inputs.get(layer))[:, None])
-            return soft_causal(query, key, value, scorer(x)[:, 0], self.budget, scale)
+            return soft_causal(query, key, value, scorer(x)[:, 0], budget, scale)
 
         with torch.no_grad():
             dense = tokens.predict()
