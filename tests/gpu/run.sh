@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything the tests can only show on a GPU, in stages that write their logs to a folder.
-# Usage: tests/gpu/run.sh OUT STAGE...   stages: kernels interop sanitize times engines bench profile engine engine-v1 llama learned
+# Usage: tests/gpu/run.sh OUT STAGE...   stages: kernels interop sanitize times engines bench profile engine engine-v1 tp llama learned
 set -uo pipefail
 out=$(realpath -m "$1"); shift
 mkdir -p "$out"
@@ -32,6 +32,8 @@ for s in "$@"; do
            done
            for pid in "${files[@]}"; do wait "$pid" || failed=1; done ;;
     engine-v1) VLLM_USE_V2_MODEL_RUNNER=0 stage engine-v1 590 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/engine/test_outputs.py -q -x -k "${ENGINE_CASES:-keydiff or default}" || failed=1 ;;
+    tp) # two GPUs
+        stage tp 590 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/engine/test_tensor_parallel.py -q || failed=1 ;;
     llama) stage llama-dense 290 python3 "$root"/tests/gpu/llama_shape.py dense "$out/llama-dense.json" || failed=1
            stage llama-sparsek 290 python3 "$root"/tests/gpu/llama_shape.py sparsek "$out/llama-sparsek.json" '{"scorer": "knorm", "prefill": "sparse"}' || failed=1 ;;
     learned) stage llama-learned 290 python3 "$root"/tests/gpu/llama_shape.py sparsek "$out/llama-learned.json" '{"scorer": "learned"}' || failed=1 ;;
