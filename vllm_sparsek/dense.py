@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from vllm_sparsek.config import SparseKConfig
-from vllm_sparsek.kernels.common.dispatch import check_shape, check_tensor, implementation
+from vllm_sparsek.kernels.common.dispatch import (
+    ENGINES,
+    check_shape,
+    check_tensor,
+    implementation,
+)
 from vllm_sparsek.kernels.common.validate import FLOATS
 from vllm_sparsek.kernels.prefill import api as prefill_api
 from vllm_sparsek.kernels.select import api as select_api
@@ -66,8 +71,8 @@ def attention_forward(
             is ``keydiff`` here. Environment variables are not read.
         causal: must be True: what a query reads is defined by what came before it.
         scale: softmax scale; None: D ** -0.5.
-        impl: auto, triton, cpu or reference, as for every kernel, or fa3: FlashAttention-3 attends
-            and our kernels select.
+        impl: auto, triton, cpu or reference, as for every kernel, or an engine that attends while our
+            kernels select: fa3 (FlashAttention-3) or hopper (ours for compute capability 9.0).
 
     Returns:
         [B, Hq, Sq, D] of q's dtype and, where q is dense in memory, q's strides.
@@ -96,7 +101,7 @@ def attention_forward(
     soft = settings.mode == "soft_v"
     shape_key = batch, queries, keys, budget.refresh, q.device
     row, position, start, length, table = _items(*shape_key)
-    select_impl = "auto" if impl == "fa3" else impl
+    select_impl = "auto" if impl in ENGINES["prefill"] else impl
     module = implementation("select", select_impl, q.device)
     shared = module.__name__.endswith("triton") and not soft
     shared = shared and module.shares_base(width, competing)

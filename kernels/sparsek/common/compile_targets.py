@@ -16,8 +16,8 @@ from vllm_sparsek.kernels.common.validate import FP8_CAPABILITY
 
 # bounds takes select's kernel: it comes after it
 MODULES = (
-    "write.triton", "score.triton", "select.triton", "bounds.triton", "decode.triton",
-    "prefill.triton", "prefill.hopper", "prefix.triton", "common.page_tables",
+    "write.triton", "score.triton", "select.triton", "select.expiry", "bounds.triton",
+    "decode.triton", "prefill.triton", "prefill.hopper", "prefix.triton", "common.page_tables",
 )  # fmt: skip
 # kernels in Gluon for one generation of GPUs alone
 ONLY = {"prefill.hopper": 90}

@@ -49,7 +49,8 @@ def prefill(
         out: of query's shape, written in place for the items' queries only.
         kv_scales: k_scale and v_scale, float32 tensors of one element; a float8_e4m3fn cache
             times them gives keys and values. Needed with such a cache only.
-        impl: auto, triton, fa3, cpu or reference; auto on a GPU: what ``configs/engines`` says.
+        impl: auto, triton, fa3, hopper, cpu or reference; auto on a GPU: what ``configs/engines``
+            says.
 
     Raises:
         ValueError, TypeError: an argument, named in the message, does not fit.

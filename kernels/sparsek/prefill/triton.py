@@ -27,7 +27,7 @@ from vllm_sparsek.kernels.common.device import (
 
 MAX_BLOCK_M = 64
 OPTIONS = {"num_warps": 4, "num_stages": 3}  # of ``prefill_fwd_kernel``
-LIST_BLOCK, LARGE_LIST_BLOCK = 1024, 2048  # places per program of ``lists_fwd_kernel``
+LIST_BLOCK = 1024  # places per program of ``lists_fwd_kernel``
 LIST_MULTIPLE = 128  # of the width of lists: a multiple of every BLOCK_N
 ITEMS_BLOCK = 256  # items per program of ``items_fwd_kernel``
 
@@ -292,12 +292,11 @@ def list_slots(
     longest = (budget.first_unit() + max_units + 1) * budget.unit + budget.window + budget.refresh
     width = triton.cdiv(longest, LIST_MULTIPLE) * LIST_MULTIPLE
     slots = torch.empty((items, heads, width), dtype=torch.int32, device=units.device)
-    block = max(LIST_BLOCK, min(LARGE_LIST_BLOCK, triton.next_power_of_2(width)))
-    lists_fwd_kernel[(items, heads, triton.cdiv(width, block))](
+    lists_fwd_kernel[(items, heads, triton.cdiv(width, LIST_BLOCK))](
         block_table, item_row, item_position, item_query_len, units, slots,
         *budget_arguments(budget, units.device), max_units, width, per_block,
         block_table.stride(0), units.stride(0), units.stride(1),
-        PAGE=page, UNIT=budget.unit, BLOCK=block, num_warps=4,
+        PAGE=page, UNIT=budget.unit, BLOCK=LIST_BLOCK, num_warps=4,
     )  # fmt: skip
     return slots
 

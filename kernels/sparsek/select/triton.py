@@ -19,6 +19,7 @@ from vllm_sparsek.kernels.common.device import (
     page_argument,
     units_kept,
 )
+from vllm_sparsek.kernels.select import expiry
 from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.kernels.select.device import POOL_CHUNK, pool_pages, radix_best
 from vllm_sparsek.kernels.select.memo import SelectionMemo
@@ -395,6 +396,9 @@ def select(
     if budget.unit > 1 and memo is None:
         pooled = _pooled(scores, block_table, item_row, item_position, budget, pooling, competing)
         if pooled is not None:
+            if not soft and expiry.pays(budget, items, block_table.shape[0], pooled.shape[2]):
+                expiry.select_by_expiry(pooled, item_row, item_position, budget, units_out)
+                return
             scores, pooling, by_row = pooled, "none", True
     pages = budget.unit > 1 and not by_row
     # of a stream: what can compete, with holes in a list that is taken up again
