@@ -71,8 +71,8 @@ def attention_forward(
             is ``keydiff`` here. Environment variables are not read.
         causal: must be True: what a query reads is defined by what came before it.
         scale: softmax scale; None: D ** -0.5.
-        impl: auto, triton, cpu or reference, as for every kernel, or an engine that attends while our
-            kernels select: fa3 (FlashAttention-3) or hopper (ours for compute capability 9.0).
+        impl: auto, triton, cpu or reference, as for every kernel, or an engine that attends while
+            our kernels select: fa3 (FlashAttention-3) or hopper (ours for compute capability 9.0).
 
     Returns:
         [B, Hq, Sq, D] of q's dtype and, where q is dense in memory, q's strides.

@@ -51,10 +51,10 @@ SHARE = 0.25
 REFRESH = 64
 # splits of the budget are judged at these shares
 JUDGED = (SHARE, 0.12)
-# number and length of the windows that damage is measured on, and of those that judge splits
-PROBES = {"cpu": (1, 4096), "cuda": (6, 4096)}
+# number of the windows that damage is measured on and of those that judge splits, and lengths of both
+PROBES = {"cpu": (1, 4096, 2560), "cuda": (6, 4096, 8192)}
 # of the finished steps' tensors: an earlier version's are not gone on with
-STEPS_VERSION = 4
+STEPS_VERSION = 5
 # every so-many-th query is kept for output reconstruction
 QUERY_STRIDE = 16
 # length of the windows that the whole model is refined on, and steps between two checkpoints
@@ -236,13 +236,12 @@ class _Run:
                 settings.solve.seed,
             )  # fmt: skip
             # more, for the damage of layers and to judge splits: not among those fitted to
-            count, tokens = PROBES[self.kind]
-            self.probe_tokens = min(tokens, settings.window_tokens)
+            count, *lengths = PROBES[self.kind]
+            lengths = [min(tokens, settings.window_tokens) for tokens in lengths]
+            self.probe_tokens, self.judge_tokens = lengths
             self.probes, self.judges = (
-                probe_windows(
-                    self.tokenizer, texts, self.probe_tokens, count, settings.solve.seed + more
-                )
-                for more in (1, 2)
+                probe_windows(self.tokenizer, texts, tokens, count, settings.solve.seed + more)
+                for more, tokens in enumerate(lengths, 1)
             )
         self.rope = rope_of(self.model) if "key_unrotated" in settings.features else None
         self.features = tuple(
@@ -471,8 +470,8 @@ class _Run:
     def _split(self, share: float, shares: list[list[float]]) -> dict[int, Budget]:
         """What every layer reads at a share of the windows that judge."""
         budgets = split_budget(
-            self._budget(share, self.probe_tokens), tuple(map(tuple, shares)), (),
-            self.probe_tokens,
+            self._budget(share, self.judge_tokens), tuple(map(tuple, shares)), (),
+            self.judge_tokens,
         )  # fmt: skip
         return {layer: budget for layer, budget in enumerate(budgets) if budget is not None}
 
