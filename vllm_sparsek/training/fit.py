@@ -51,7 +51,7 @@ SHARE = 0.25
 REFRESH = 64
 # splits of the budget are judged at these shares
 JUDGED = (SHARE, 0.12)
-# number of the windows that damage is measured on and of those that judge splits, and lengths of both
+# number of the windows that measure damage and of those that judge splits, and the lengths of each
 PROBES = {"cpu": (1, 4096, 2560), "cuda": (6, 4096, 8192)}
 # of the finished steps' tensors: an earlier version's are not gone on with
 STEPS_VERSION = 5
