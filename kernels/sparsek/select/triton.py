@@ -35,6 +35,9 @@ PAGE_FOLD_BLOCK = 256
 MAX_FOLD_PAGES = 512
 LEAST_BLOCK = 256  # of scores: smaller tiles would only be more compilations
 PER_THREAD = 16  # scores of a tile that a thread holds
+# scores that there is at least room to sieve: every other size is a compilation, which a server
+# would make when a prompt is longer than any before
+LEAST_SIEVED = 1 << 17
 # where more units than this compete, items start from bases
 BASE_FROM = 1024
 POOL_PAIRS = 128  # (page, head) pairs per program of pool_fwd_kernel
@@ -308,9 +311,8 @@ def _tile(
         options["maxnreg"] = 128
     words = 0
     if longest is not None and not pages and not based:
-        # int32 that hold words of 16 scores, two each: eight sizes between powers of two
-        step = max(512, triton.next_power_of_2(longest) // 16)
-        words = triton.cdiv(longest, step) * step // 32 + 16
+        # int32 that hold words of 16 scores, two each
+        words = max(LEAST_SIEVED, triton.next_power_of_2(longest)) // 32 + 16
     return {"FOLD": True, "BLOCK": block, "ROOM": room, "WORDS": words}, options
 
 
