@@ -49,6 +49,9 @@ def use_interpreter() -> None:
     """
     if DEVICE == "cuda":
         return
+    # Gluon has no interpreter, and takes no functions of Triton's that were wrapped for it: its
+    # kernels are imported before, to be compiled
+    importlib.import_module("vllm_sparsek.kernels.prefill.hopper")
     with interpreting():
         import triton.language as tl
         from triton.runtime.interpreter import InterpretedFunction
