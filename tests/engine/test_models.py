@@ -82,7 +82,9 @@ def answers(tmp_path_factory):
                 llm["additional_config"] = {"sparsek": SETTINGS[settings]}
             keys.append((name, settings))
             specs.append({"llm": llm, "calls": calls})
-    results = run_many(specs, folder)
+    # what a kernel's fault breaks is its process
+    mixed = [name for name, _ in keys].index(MIXED)
+    results = [*run_many(specs[:mixed], folder), *run_many(specs[mixed:], folder)]
     results = [{**result, "spec": spec} for result, spec in zip(results, specs, strict=True)]
     return dict(zip(keys, results, strict=True))
 

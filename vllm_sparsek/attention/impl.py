@@ -92,6 +92,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self._watch = compat.ParentWatch(self) if reads_hidden(self.vllm_config) else None
         self.kept: KeptSelections | None = None
         compat.hook_prompt_lengths()
+        compat.decode_graphs.hook()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Load the scorer and add the score cache, before vLLM profiles memory."""

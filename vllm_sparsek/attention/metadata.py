@@ -146,7 +146,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> SparseKMetadata:
-        """Build with every row sparse, so that the graph holds both paths."""
+        """Build with every row sparse, so that a graph holds both paths, or with every row dense."""
         self.capturing = True
         try:
             return self.build(0, common_attn_metadata)
@@ -178,10 +178,12 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         has_sparse = real & (ends > sparse_from)
         has_dense = real & (ends - query_lens < sparse_from)
         if self.capturing:
-            has_sparse, has_dense = np.ones(rows, dtype=bool), np.zeros(rows, dtype=bool)
+            has_dense = np.full(rows, compat.decode_graphs.capturing_dense)
+            has_sparse = ~has_dense
         elif prompts is not None:
             self._count(num_decodes, starts_in_batch, query_lens, ends, sparse_from)
 
+        compat.decode_graphs.batch_is_dense = not has_sparse.any()
         n = int(starts_in_batch[-1])
         self.step = (self.step + 1) % (1 << 31)
         packed = np.zeros(self.positions_at + max(tokens, n), dtype=np.int32)
