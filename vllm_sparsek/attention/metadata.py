@@ -146,7 +146,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> SparseKMetadata:
-        """Build with every row sparse, so that a graph holds both paths, or with every row dense."""
+        """Build with all rows sparse, so that a graph holds both paths, or with all rows dense."""
         self.capturing = True
         try:
             return self.build(0, common_attn_metadata)
