@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import Any
 
 import test_write
 import torch
@@ -16,12 +17,15 @@ from vllm_sparsek import attention_forward, compat
 from vllm_sparsek.kernels.bounds import api as bounds_api
 from vllm_sparsek.kernels.bounds import reference as bounds_reference
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.validate import compute_capability
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.decode import reference as decode_reference
 from vllm_sparsek.kernels.prefill import api as prefill_api
 from vllm_sparsek.kernels.prefill import reference as prefill_reference
 from vllm_sparsek.kernels.score import api as score_api
 from vllm_sparsek.kernels.select import api as select_api
+from vllm_sparsek.kernels.select import expiry
+from vllm_sparsek.kernels.select import reference as select_reference
 
 DEVICE = torch.device("cuda", 0)
 TOLERANCE = 2e-2  # of bfloat16 outputs of magnitude up to about four
@@ -98,6 +102,37 @@ def by_query(head_dim: int, page: int, group: int, budget: Budget) -> None:
     compare(f"select by query {label}", got_units, units, 0)
 
 
+def walk(heads: int, page: int, pooling: str, budget: Budget, levels: int | None = None) -> None:
+    """Pooled page scores, and selections of many items of a row by one walk over them."""
+    label = f"page={page} {pooling} R={budget.refresh} heads={len(budget.heads)} {levels=}"
+    paged = build(LENGTHS, heads, 8, page, levels=levels)
+    there = paged.to(DEVICE)
+    every = [(r, p) for r, n in enumerate(LENGTHS) for p in range(0, n, 13)]
+    # rows and positions in no order, as kernels must not rely on one
+    row, position = items_of([*every[::-1], (-1, 0), *every[:3]])
+    pages = paged.block_table.shape[1]
+    assert expiry.pays(budget, row.numel(), len(LENGTHS), pages), "no walk would be taken"
+    units, _ = select_reference.select(
+        paged.scores, paged.block_table, row, position, budget, pooling,
+        max_units=budget.max_units(max(LENGTHS)) + 2,
+    )  # fmt: skip
+    got = torch.full(units.shape, 77, dtype=torch.int32, device=DEVICE)
+    select_api.select(
+        there.scores, there.block_table, row.to(DEVICE), position.to(DEVICE), budget, pooling,
+        False, got,
+    )  # fmt: skip
+    compare(f"select by a walk {label}", got, units, 0)
+
+
+def hopper_fits(*arguments: Any) -> bool:
+    """Whether the prefill kernel for Hopper runs here and takes what ``fits`` is given."""
+    if compute_capability(DEVICE) != 90:
+        return False
+    from vllm_sparsek.kernels.prefill import hopper
+
+    return hopper.fits(*arguments)[0]
+
+
 def attention(
     head_dim: int, page: int, group: int, budget: Budget, soft: bool, fp8: bool = False
 ) -> None:
@@ -154,6 +189,8 @@ def attention(
         paged.block_table, *items, units, gates, budget, scale,
         expected[None].expand(len(LENGTHS), -1, -1, -1), kv_scales,
     )  # fmt: skip
+    if hopper_fits(query.to(DEVICE), *there.kv_cache.chunk(2, dim=-1), gates, budget):
+        impls.append("hopper")
     for impl in impls:
         out = torch.full_like(query, NAN, device=DEVICE)
         prefill_api.prefill(
@@ -191,8 +228,16 @@ def main() -> int:
     by_query(128, 16, 4, Budget(64, 16, 4, 1, 16))
     by_query(80, 48, 7, Budget(96, 9, 20, 16, 48))
     by_query(256, 128, 3, Budget(32, 9, 1, 64, 16, 0.3))
+    # the largest of a page is exact; no two scores of the other poolings differ by so little that
+    # rounding decides
+    walk(2, 16, "max", Budget(48, 20, 3, 16, 16))
+    walk(5, 16, "max", Budget(64, 20, 0, 16, 16), levels=2)
+    walk(3, 48, "lse", Budget(96, 33, 40, 64, 48))
+    walk(3, 16, "mean", Budget(1, 16, 5, 1, 16).with_heads([(40, None), (3, None), (300, None)]))
     attention(128, 16, 4, Budget(64, 16, 4, 1), False)
     attention(128, 16, 4, Budget(64, 16, 4, 64, 16), False)
+    # more kept than there is: the kernel for Hopper takes its larger tiles
+    attention(128, 16, 4, Budget(1600, 16, 4, 64), False)
     attention(80, 32, 7, Budget(40, 9, 33, 16), True)
     attention(256, 128, 3, Budget(128, 9, 1, 64, 128), True)
     attention(64, 16, 1, Budget(8, 8, 2, 16, 1, 0.15), False)
