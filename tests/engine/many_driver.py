@@ -62,6 +62,13 @@ def managers(llm: Any) -> list[str]:
     return [type(m).__name__ for m in scheduler.kv_cache_manager.coordinator.single_type_managers]
 
 
+def graphs(llm: Any) -> list[int]:
+    """Full CUDA graphs that were captured: vLLM's own, and those of dense batches."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    manager = getattr(executor.driver_worker.worker.model_runner, "cudagraph_manager", None)
+    return [len(getattr(manager, name, {})) for name in ("graphs", "sparsek_dense_graphs")]
+
+
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     """One engine's answers."""
     found: dict[str, Any] = {}
@@ -72,6 +79,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
     def inspect(llm: Any) -> None:
         found.update(backends=backends(llm), density=density(llm), managers=managers(llm))
+        found["graphs"] = graphs(llm)
         if "scores" in spec:
             found["scores"] = scores(llm, spec["scores"])
 

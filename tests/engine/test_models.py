@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -141,6 +142,15 @@ def test_the_batch_changes_nothing(answers, model):
         first, _, alone = result["answers"]
         assert alone["cached"] == [0, 0, 0]
         same(model, first, alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.skipif(os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0", reason="of runner V2")
+def test_every_shape_of_decode_batches_has_a_graph_for_dense_ones(answers, model):
+    ours, dense = found(answers, model, "default")["graphs"]
+    assert ours == dense > 0
+    assert found(answers, model, None)["graphs"][1] == 0
 
 
 def test_layers_with_a_sliding_window_keep_vllms_own_backend(answers):
