@@ -361,14 +361,7 @@ def dense_builder_class(device_type: str) -> type:
     if device_type == "cuda":
         from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
-        class DenseBuilder(FlashAttentionMetadataBuilder):
-            def __init__(self, *arguments: Any) -> None:
-                super().__init__(*arguments)
-                # the builder looks for it among layers of FlashAttention's own: what it would find
-                # is the window of sliding layers left to vLLM, never that of layers read here
-                self.aot_sliding_window = (-1, -1)
-
-        return DenseBuilder
+        return FlashAttentionMetadataBuilder
     from vllm_sparsek.attention.dense_cpu import CpuDenseBuilder
 
     return CpuDenseBuilder

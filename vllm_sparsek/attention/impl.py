@@ -94,6 +94,15 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         compat.hook_prompt_lengths()
         compat.decode_graphs.hook()
 
+    def get_impl_variants(self) -> tuple[Any, ...]:
+        """This and the dense path's.
+
+        vLLM's FlashAttention schedules a step ahead if all its layers have one window. Layers with
+        a sliding window that are left to it must not be taken for all: such a schedule is wrong in
+        a CUDA graph as soon as all contexts are shorter than the window.
+        """
+        return (self, self.dense)
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Load the scorer and add the score cache, before vLLM profiles memory."""
         layer_name, layer = compat.layer_of(self, self.vllm_config)
