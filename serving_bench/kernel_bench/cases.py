@@ -15,6 +15,7 @@ from vllm_sparsek.serving_bench.errors import BenchError
 
 Kind = Literal["prefill", "decode", "select", "score", "training"]
 DTypeName = Literal["float16", "bfloat16", "float32"]
+CacheName = Literal["float8_e4m3fn"]
 
 
 class BudgetEntry(Strict):
@@ -48,6 +49,7 @@ class Entry(Strict):
     kv_heads: PositiveInt
     head_dim: PositiveInt
     dtype: DTypeName
+    cache: CacheName | None = None
     page: PositiveInt = 16
     budgets: list[BudgetEntry] = Field(default_factory=list)
     against: str | None = None
@@ -86,6 +88,7 @@ class Case:
         arms: names of the arms to run, None: all of the kind.
         local_window: tokens of the local mask, None: no such arm.
         sweep, profile: belongs to the sweeps; is run under Nsight Compute.
+        cache: dtype of a quantised cache, None: that of the queries.
     """
 
     case_set: str
@@ -105,6 +108,7 @@ class Case:
     local_window: int | None = None
     sweep: bool = False
     profile: bool = False
+    cache: str | None = None
 
     @property
     def name(self) -> str:
@@ -112,16 +116,19 @@ class Case:
         if self.kind == "training":
             return f"training {self.batch} rows of {self.context}"
         new = f"{self.queries} of " if 1 < self.queries < self.context else ""
+        cache = f" cache {self.cache}" if self.cache is not None else ""
         page = f" page {self.page}" if self.page != 16 else ""
         return (
             f"{self.kind} B{self.batch} H{self.query_heads}/{self.kv_heads} S{new}{self.context} "
-            f"D{self.head_dim} {self.dtype}{page}"
+            f"D{self.head_dim} {self.dtype}{cache}{page}"
         )
 
 
 def _cases(name: str, entry: Entry) -> list[Case]:
     if entry.heads % entry.kv_heads:
         raise ValueError(f"heads {entry.heads} is not a multiple of kv_heads {entry.kv_heads}")
+    if entry.cache is not None and entry.kind not in ("prefill", "decode"):
+        raise ValueError(f"cache is a key of prefill and decode, not of {entry.kind}")
     found = []
     for batch, context in entry.shapes:
         whole = entry.kind == "prefill"
@@ -137,7 +144,7 @@ def _cases(name: str, entry: Entry) -> list[Case]:
                 name, entry.group, entry.kind, batch, context, queries, entry.heads,
                 entry.kv_heads, entry.head_dim, entry.dtype, entry.page, budgets, entry.against,
                 None if entry.arms is None else tuple(entry.arms), entry.local_window,
-                entry.sweep, entry.profile,
+                entry.sweep, entry.profile, entry.cache,
             )
         )  # fmt: skip
     return found

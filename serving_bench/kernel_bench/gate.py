@@ -1,7 +1,9 @@
 """Whether a result is right: a sample of it against float64 over the same selection.
 
 What attention may be wrong by is the kernel tests' budget, made relative to each sampled output's
-largest number: twice the error of plain torch at the tensors' precision, plus one rounding.
+largest number: twice the error of plain torch at the tensors' precision, plus one rounding. Over an
+fp8 cache the truth is attention over the keys and values that it stands for. Engines that multiply
+in fp8 round queries and probabilities to it, too: so does the plain torch that they are held to.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.validate import FP8
 from vllm_sparsek.kernels.decode.reference import visible_positions
 from vllm_sparsek.kernels.select.reference import unit_scores
 from vllm_sparsek.serving_bench.kernel_bench.inputs import POOLING, Inputs
@@ -68,15 +71,34 @@ def _attend(query: torch.Tensor, rows: torch.Tensor, scale: float) -> torch.Tens
     return weights @ rows[:, head_dim:]
 
 
+def _attend_in_fp8(
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    scale: float,
+    kv_scales: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """[D] of query [D] over fp8 rows [n, 2 * D], all operands of products rounded to fp8."""
+    key, value = rows.float().chunk(2, dim=1)
+    logits = (key @ query.to(FP8).float()) * kv_scales[0] * scale
+    weights = (logits - logits.amax()).exp()
+    return weights.to(FP8).float() @ value * kv_scales[1] / weights.sum()
+
+
 class Expected:
     """The sampled outputs of attention in float64, and the error that is allowed.
 
     Args:
         inputs: the inputs; set 0 is checked.
         visible: (request, position, KV head) -> positions [n] that the query reads.
+        fp8_products: who is judged multiplies in the cache's fp8, and returns bfloat16.
     """
 
-    def __init__(self, inputs: Inputs, visible: Callable[[int, int, int], torch.Tensor]):
+    def __init__(
+        self,
+        inputs: Inputs,
+        visible: Callable[[int, int, int], torch.Tensor],
+        fp8_products: bool = False,
+    ):
         case = inputs.case
         self.inputs, self.samples = inputs, samples(inputs)
         group = case.query_heads // case.kv_heads
@@ -86,15 +108,22 @@ class Expected:
             position = case.context - case.queries + at.query
             seen = visible(at.row, position, head).to(inputs.device)
             blocks = inputs.table[at.row, seen // case.page].long()
-            rows = inputs.kv_cache[blocks, head, seen % case.page]  # [n, 2D]
+            rows = inputs.cached(blocks, head, seen % case.page)  # [n, 2D]
             query = inputs.query[0, at.row * case.queries + at.query, at.head]
-            exact.append(_attend(query.double(), rows.double(), inputs.scale))
-            eager.append(_attend(query, rows, inputs.scale).double())
+            meant = inputs.dequantised(rows)
+            exact.append(_attend(query.double(), meant, inputs.scale))
+            if fp8_products:
+                assert inputs.kv_scales is not None
+                rounded = _attend_in_fp8(query, rows, inputs.scale, inputs.kv_scales)
+            else:
+                rounded = _attend(query, meant.to(query.dtype), inputs.scale)
+            eager.append(rounded.double())
         self.exact = torch.stack(exact)  # [samples, D]
         largest = self.exact.abs().amax(1)  # [samples]
         eager_error = (torch.stack(eager) - self.exact).abs().amax(1)
         # outputs of few tokens are large: they must not excuse the others
-        relative = 2 * (eager_error / largest).max() + torch.finfo(inputs.query.dtype).eps
+        written = torch.bfloat16 if fp8_products else inputs.query.dtype
+        relative = 2 * (eager_error / largest).max() + torch.finfo(written).eps
         self.allowed = relative * largest
 
     def check(self, output: torch.Tensor) -> Verdict:
@@ -107,17 +136,19 @@ class Expected:
         return Verdict(ok, error.max().item(), share, "" if ok else "differs from float64")
 
 
-def expect_dense(inputs: Inputs, local_window: int | None = None) -> Expected:
+def expect_dense(
+    inputs: Inputs, local_window: int | None = None, fp8_products: bool = False
+) -> Expected:
     """Everything up to the query is read, or the last ``local_window`` tokens of it."""
 
     def visible(row: int, position: int, head: int) -> torch.Tensor:
         first = 0 if local_window is None else max(0, position + 1 - local_window)
         return torch.arange(first, position + 1)
 
-    return Expected(inputs, visible)
+    return Expected(inputs, visible, fp8_products)
 
 
-def expect_sparse(inputs: Inputs, budget: Budget) -> Expected:
+def expect_sparse(inputs: Inputs, budget: Budget, fp8_products: bool = False) -> Expected:
     """Sinks, window and what our selection keeps; ``check_selection`` judges the selection."""
     units, items = inputs.units(budget, 0), inputs.items(budget.refresh, 0)
     first = items.position[: items.per_request].tolist()
@@ -127,7 +158,7 @@ def expect_sparse(inputs: Inputs, budget: Budget) -> Expected:
         kept = units[item, head].cpu()
         return visible_positions(position, kept[kept >= 0], budget)
 
-    return Expected(inputs, visible)
+    return Expected(inputs, visible, fp8_products)
 
 
 def check_selection(inputs: Inputs, budget: Budget, units: torch.Tensor) -> Verdict:
@@ -187,32 +218,38 @@ Judge = Callable[[torch.Tensor], Verdict]
 
 
 class Gate:
-    """Judges for the arms of one case; what is expected is worked out once for all of them."""
+    """Judges for the arms of one case; what is expected is worked out once for all of them.
+
+    ``fp8_products``: see ``Expected``.
+    """
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
-        self._expected: dict[Budget | int | None, Expected] = {}
+        self._expected: dict[tuple[Budget | int | None, bool], Expected] = {}
         self._selection: dict[Budget, Verdict] = {}
 
-    def dense(self, local_window: int | None = None) -> Judge:
+    def dense(self, local_window: int | None = None, fp8_products: bool = False) -> Judge:
         """Judge [batch, queries, Hq, D] of dense attention, or of a local window."""
 
         def judge(output: torch.Tensor) -> Verdict:
-            if local_window not in self._expected:
-                self._expected[local_window] = expect_dense(self.inputs, local_window)
-            return self._expected[local_window].check(output)
+            key = local_window, fp8_products
+            if key not in self._expected:
+                self._expected[key] = expect_dense(self.inputs, *key)
+            return self._expected[key].check(output)
 
         return judge
 
-    def sparse(self, budget: Budget) -> Judge:
+    def sparse(self, budget: Budget, fp8_products: bool = False) -> Judge:
         """Judge [batch, queries, Hq, D] of attention over our selection, and the selection."""
 
         def judge(output: torch.Tensor) -> Verdict:
-            if budget not in self._expected:
-                self._expected[budget] = expect_sparse(self.inputs, budget)
+            key = budget, fp8_products
+            if key not in self._expected:
+                self._expected[key] = expect_sparse(self.inputs, *key)
+            if budget not in self._selection:
                 units = self.inputs.units(budget, 0)
                 self._selection[budget] = check_selection(self.inputs, budget, units)
-            verdict = self._expected[budget].check(output)
+            verdict = self._expected[key].check(output)
             chosen = self._selection[budget]
             if not chosen.ok:
                 return replace(verdict, ok=False, reason=f"selection: {chosen.reason}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.validate import FP8
 from vllm_sparsek.kernels.select import api as select_api
 from vllm_sparsek.kernels.select.chunk import row_bases
 from vllm_sparsek.kernels.select.triton import shares_base
@@ -14,10 +16,14 @@ from vllm_sparsek.serving_bench.kernel_bench import work
 from vllm_sparsek.serving_bench.kernel_bench.cases import Case
 
 POOLING = "lse"
+# k_scale and v_scale of fp8 caches: no powers of two, and far from each other, so that none is lost
+# or taken for the other unseen; the largest of many normal numbers fits
+KV_SCALES = (0.031, 0.017)
 # input sets take turns: together they should be this much larger than the L2 cache
 L2_MULTIPLE = 2
 MAX_SETS = 48
 MAX_CACHE_BYTES = 32 * 2**30  # of all sets together
+QUANTISED_AT_ONCE = 2**28  # numbers that are made in another dtype first
 
 
 def input_sets(case: Case, l2_bytes: int) -> int:
@@ -30,7 +36,7 @@ def input_sets(case: Case, l2_bytes: int) -> int:
         least = min(work.selection(case, budget).bytes for budget in case.budgets)
     else:
         least = work.kv_write(case).bytes
-    width = 2 * case.head_dim * work.ITEM_BYTES[case.dtype]
+    width = 2 * case.head_dim * work.cache_item_bytes(case)
     cache = case.batch * case.context * case.kv_heads * width
     wanted = -(-L2_MULTIPLE * l2_bytes // least)
     return int(max(1, min(wanted, MAX_SETS, MAX_CACHE_BYTES // cache)))
@@ -59,6 +65,7 @@ class Inputs:
     Attributes:
         query: [sets, batch * queries, Hq, D].
         kv_cache: [blocks, H, page, 2 * D]; scores: [blocks, H, page] float32; block 0 is nobody's.
+        kv_scales: k_scale and v_scale of an fp8 cache, float32 tensors of one element; else None.
         table: [sets * batch, pages] int32.
     """
 
@@ -73,13 +80,37 @@ class Inputs:
             return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
 
         heads, width = case.kv_heads, 2 * case.head_dim
-        self.kv_cache = normal(blocks, heads, case.page, width, dtype=dtype)
+        self.kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
+        if case.cache is None:
+            self.kv_cache = normal(blocks, heads, case.page, width, dtype=dtype)
+        else:
+            k_scale, v_scale = (torch.tensor(scale, device=device) for scale in KV_SCALES)
+            self.kv_scales = k_scale, v_scale
+            shape, cache_dtype = (blocks, heads, case.page, width), getattr(torch, case.cache)
+            self.kv_cache = torch.empty(shape, dtype=cache_dtype, device=device)
+            for part in self.kv_cache.split(max(1, QUANTISED_AT_ONCE // math.prod(shape[1:]))):
+                part.copy_(self._quantised(normal(*part.shape, dtype=dtype)))
         self.scores = normal(blocks, heads, case.page)
         order = torch.randperm(blocks - 1, device=device, generator=generator) + 1
         self.table = order.int().view(rows, pages)
         tokens = case.batch * case.queries
         self.query = normal(sets, tokens, case.query_heads, case.head_dim, dtype=dtype)
         self._units: dict[tuple[Budget, int], torch.Tensor] = {}
+
+    def _scales(self) -> torch.Tensor:
+        """[2 * D] float32: what the numbers of an fp8 cache's row are multiplied by."""
+        assert self.kv_scales is not None
+        return torch.stack(self.kv_scales).repeat_interleave(self.case.head_dim)
+
+    def _quantised(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., 2 * D] keys and values in fp8, as vLLM writes them: beyond it, its largest."""
+        most = torch.finfo(FP8).max
+        return (rows.float() / self._scales()).clamp(-most, most).to(FP8)
+
+    def dequantised(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., 2 * D] float64: the keys and values that rows of the cache stand for."""
+        exact = rows.float().double()
+        return exact if self.kv_scales is None else exact * self._scales().double()
 
     @property
     def scale(self) -> float:
@@ -145,9 +176,16 @@ class Inputs:
         """Drop the selections: the next budget needs the memory."""
         self._units.clear()
 
+    def cached(self, *at: torch.Tensor | int) -> torch.Tensor:
+        """What the cache holds at indices of its blocks, heads and slots, a copy."""
+        if self.kv_scales is None:
+            return self.kv_cache[at]
+        # earlier versions of torch index no fp8 tensors
+        return self.kv_cache.view(torch.uint8)[at].view(self.kv_cache.dtype)
+
     def key_value(self, s: int) -> torch.Tensor:
         """[batch, context, H, 2 * D]: the cache of input set ``s`` without pages, a copy."""
-        pages = self.kv_cache[self.table[self.rows(s)].long()]  # [batch, pages, H, page, 2D]
+        pages = self.cached(self.table[self.rows(s)].long())  # [batch, pages, H, page, 2D]
         return pages.transpose(2, 3).flatten(1, 2)[:, : self.case.context].contiguous()
 
     def slots(self, s: int) -> torch.Tensor:

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
                 continue
             budget = case.budgets[0] if arm.sparse else None
             row = new_row(case_id, case, budget, arm.name, arm.part)
-            reason = arm.unavailable(case, budget)
+            reason = arm.fault(case, budget)
             if reason:
                 row.status, row.reason = "unavailable", reason
             else:

@@ -22,7 +22,7 @@ class Row(BaseModel):
     Attributes:
         case_id: number of the case in its run; speed-ups are taken within it.
         case_set, group, kind, case: which case.
-        batch .. page: its shape.
+        batch .. page: its shape; cache: dtype of a quantised cache.
         budget: label, k .. unit in tokens; None for a dense arm.
         against: arm of the case that speed-ups refer to.
         arm, part: who, and what of the work it does.
@@ -51,6 +51,7 @@ class Row(BaseModel):
     head_dim: int
     dtype: str
     page: int
+    cache: str | None = None
     budget: str | None = None
     k: int | None = None
     window: int | None = None
@@ -98,7 +99,7 @@ def new_row(case_id: int, case: Case, budget: Budget | None, arm: str, part: str
         name: getattr(case, name)
         for name in (
             "case_set", "group", "kind", "batch", "context", "queries", "query_heads", "kv_heads",
-            "head_dim", "dtype", "page", "against",
+            "head_dim", "dtype", "page", "cache", "against",
         )
     }  # fmt: skip
     if budget is not None:

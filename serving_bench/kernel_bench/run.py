@@ -143,7 +143,7 @@ class Runner:
     ) -> None:
         case = inputs.case
         row = new_row(case_id, case, budget, arm.name, arm.part)
-        reason = arm.unavailable(case, budget)
+        reason = arm.fault(case, budget)
         if reason:
             row.status, row.reason = "unavailable", reason
             self._done(row)

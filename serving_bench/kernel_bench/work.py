@@ -9,7 +9,7 @@ import numpy as np
 from vllm_sparsek.kernels.common.budget import Budget, mean_tokens_attended
 from vllm_sparsek.serving_bench.kernel_bench.cases import Case
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1}
 SCORE_BYTES = INDEX_BYTES = 4
 
 
@@ -25,6 +25,11 @@ class Work:
         """Both, one after the other."""
         density = self.density if other.density is None else other.density
         return Work(self.bytes + other.bytes, self.flops + other.flops, density)
+
+
+def cache_item_bytes(case: Case) -> int:
+    """Of a number of the K/V cache."""
+    return ITEM_BYTES[case.cache or case.dtype]
 
 
 def query_positions(case: Case) -> np.ndarray:
@@ -67,13 +72,13 @@ def _units_listed(case: Case, budget: Budget) -> int:
 
 def attention(case: Case, budget: Budget | None, local_window: int | None = None) -> Work:
     """Attention over what is kept; None: over everything. The list is read too."""
-    item = ITEM_BYTES[case.dtype]
     read = tokens_read(case, budget, local_window)
     pairs = float(read.sum()) * case.batch * case.query_heads
-    rows = 2 * case.batch * case.queries * case.query_heads * case.head_dim * item
+    rows = 2 * case.batch * case.queries * case.query_heads * case.head_dim
+    rows *= ITEM_BYTES[case.dtype]
     # queries side by side share what they read: of a prompt, every key and value once
     tokens = float(read.max()) if case.queries == 1 else case.context
-    rows += round(tokens * case.batch * case.kv_heads * 2 * case.head_dim * item)
+    rows += round(tokens * case.batch * case.kv_heads * 2 * case.head_dim * cache_item_bytes(case))
     if budget is not None:
         rows += _units_listed(case, budget) * INDEX_BYTES
     return Work(rows, 4.0 * case.head_dim * pairs, density(case, budget, local_window))

@@ -22,6 +22,7 @@ PREFILL = replace(
     DECODE, group="tiers", kind="prefill", queries=200, against="sdpa", local_window=40
 )
 CHUNK = replace(PREFILL, queries=90, against="fa3")
+FP8_DECODE, FP8_CHUNK = (replace(case, cache="float8_e4m3fn") for case in (DECODE, CHUNK))
 SELECT = replace(DECODE, group="select", kind="select", against="torch-topk")
 SCORE = replace(DECODE, group="score", kind="score", queries=7, against="vllm-kv-write")
 TRAINING = replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from dataclasses import replace
@@ -14,6 +15,8 @@ from kernel_cases import (
     CHUNK,
     CPU,
     DECODE,
+    FP8_CHUNK,
+    FP8_DECODE,
     IDS,
     PAGES,
     PREFILL,
@@ -25,11 +28,12 @@ from kernel_cases import (
 
 from vllm_sparsek import compat
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.decode import reference as decode_reference
 from vllm_sparsek.kernels.decode.reference import visible_positions
 from vllm_sparsek.kernels.select import reference as select_reference
 from vllm_sparsek.serving_bench.errors import BenchError
 from vllm_sparsek.serving_bench.kernel_bench import cases, gate, measure, work
-from vllm_sparsek.serving_bench.kernel_bench.arms import ARMS, arms_of, kv_write
+from vllm_sparsek.serving_bench.kernel_bench.arms import ARMS, arms_of, kv_write, sparsek
 from vllm_sparsek.serving_bench.kernel_bench.arms.base import import_fault
 from vllm_sparsek.serving_bench.kernel_bench.cases import Tier
 from vllm_sparsek.serving_bench.kernel_bench.inputs import Inputs, input_sets
@@ -117,11 +121,14 @@ ENTRY = (
         (", heads: 3}", "set: heads 3 is not a multiple of kv_heads 2"),
         (", budgets: [{k: 0, window: 1}]}", "set: cases.0.budgets.0.k: Input should be greater"),
         (", a: [}", "set: while parsing"),
+        (", cache: fp8}", "set: cases.0.cache: Input should be 'float8_e4m3fn'"),
+        (", kind: score, cache: float8_e4m3fn}", "set: cache is a key of prefill and decode, not"),
     ],
-    ids=["unknown key", "chunk", "heads", "budget", "not YAML"],
+    ids=["unknown key", "chunk", "heads", "budget", "not YAML", "cache", "cache of another kind"],
 )
 def test_a_faulty_set_names_the_fault(more, message):
     text = ENTRY.replace("heads: 4, ", "") if more.startswith(", heads") else ENTRY
+    text = text.replace("kind: decode, ", "") if more.startswith(", kind") else text
     with pytest.raises(BenchError) as error:
         cases.parse(text + more, "set")
     assert str(error.value).startswith(message)
@@ -176,6 +183,21 @@ def test_bytes_of_a_decode_step_are_keys_values_query_output_and_list():
     assert work.attention(DECODE, None).bytes == 2 * 2 * 200 * 2 * 64 * item + rows
 
 
+@pytest.mark.parametrize("budget", [None, TOKENS, PAGES], ids=["dense", "tokens", "pages"])
+@pytest.mark.parametrize(
+    ("case", "tokens"), [(FP8_DECODE, None), (FP8_CHUNK, 200)], ids=["decode", "chunk"]
+)
+def test_a_number_of_an_fp8_cache_is_one_byte_and_queries_and_outputs_stay_two(
+    case, tokens, budget
+):
+    plain, found = work.attention(replace(case, cache=None), budget), work.attention(case, budget)
+    read = tokens or work.tokens_read(case, budget).max()
+    assert plain.bytes - found.bytes == 2 * 2 * read * 2 * 64
+    assert (found.flops, found.density) == (plain.flops, plain.density)
+    # sets are smaller: more of them overrun the L2 cache
+    assert input_sets(case, 500_000) > input_sets(replace(case, cache=None), 500_000)
+
+
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_input_sets_are_larger_than_the_cache_they_must_not_fit(case):
     sets = input_sets(case, l2_bytes=200_000)
@@ -185,6 +207,9 @@ def test_input_sets_are_larger_than_the_cache_they_must_not_fit(case):
         least = min(work.attention(case, budget).bytes for budget in case.budgets)
         assert sets * least >= 2 * 200_000 > (sets - 1) * least
     assert input_sets(replace(DECODE, batch=64, context=131072), 2**26) < 48
+    # what memory holds at most
+    long = [replace(case, batch=64, context=131072) for case in (DECODE, FP8_DECODE)]
+    assert [input_sets(case, 2**40) for case in long] == [8, 16]
 
 
 def test_inputs_are_paged_and_every_set_has_its_own_requests():
@@ -201,6 +226,27 @@ def test_inputs_are_paged_and_every_set_has_its_own_requests():
     assert items.position.tolist() == [110, 128, 160, 192] * 2
     assert items.length.tolist() == [18, 32, 32, 8] * 2
     assert items.start.tolist() == [0, 18, 50, 82, 90, 108, 140, 172]
+
+
+def test_an_fp8_cache_times_its_scales_is_what_was_drawn(monkeypatch):
+    # parts of a few blocks
+    monkeypatch.setattr("vllm_sparsek.serving_bench.kernel_bench.inputs.QUANTISED_AT_ONCE", 9000)
+    inputs = Inputs(FP8_CHUNK, CPU, sets=2)
+    assert inputs.kv_cache.dtype == torch.float8_e4m3fn
+    assert all(s.shape == () and s.dtype == torch.float32 for s in inputs.kv_scales)
+    values = inputs.kv_cache.float()
+    for half, scale in zip(values.chunk(2, dim=-1), inputs.kv_scales, strict=True):
+        # normal numbers: with one scale for the other the deviation would be off by four fifths
+        assert (half * scale).std().item() == pytest.approx(1, abs=0.02)
+        assert (half * scale).mean().item() == pytest.approx(0, abs=0.02)
+    dense = inputs.key_value(1)
+    block = int(inputs.table[2 * 1 + 1, 150 // 16])
+    assert torch.equal(dense[1, 150].float(), values[block, :, 150 % 16])
+    meant = inputs.dequantised(dense)
+    assert meant.dtype == torch.float64
+    assert torch.equal(meant[..., -1], dense[..., -1].double() * inputs.kv_scales[1])
+    huge = inputs._quantised(torch.full((1, 128), 1e6)).float()
+    assert torch.equal(huge, torch.full((1, 128), 448.0))
 
 
 # the gate
@@ -224,6 +270,95 @@ def test_the_gate_is_green_for_our_attention(arm, case, budget):
     assert verdict.ok, verdict
     assert 0 < verdict.error_share < 1
     assert 0 < verdict.max_diff < gate.USER_BOUND["float16"]
+
+
+@pytest.mark.parametrize("budget", [TOKENS, PAGES], ids=["tokens", "pages"])
+@pytest.mark.parametrize("case", [FP8_DECODE, FP8_CHUNK], ids=["decode", "chunk"])
+@pytest.mark.parametrize("arm", ["sparsek", "sparsek-attend", "sparsek-select"])
+def test_the_gate_is_green_for_ours_over_an_fp8_cache(arm, case, budget):
+    _, prepared, output = judged(arm, case, budget)
+    verdict = prepared.judge(output)
+    assert verdict.ok, verdict
+    if arm != "sparsek-select":
+        assert 0 < verdict.error_share < 1
+        assert 0 < verdict.max_diff < gate.USER_BOUND["float16"]
+
+
+WRONG_SCALES = {
+    "swapped": lambda k, v: (v, k),
+    "ignored": lambda k, v: (k / k, v / v),
+    "of keys ignored": lambda k, v: (k / k, v),
+    "of values ignored": lambda k, v: (k, v / v),
+    "two percent off": lambda k, v: (k, v * 1.02),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SCALES.values(), ids=WRONG_SCALES.keys())
+@pytest.mark.parametrize("case", [FP8_DECODE, FP8_CHUNK], ids=["decode", "chunk"])
+def test_the_gate_refuses_wrong_scales(case, wrong):
+    inputs, prepared, output = judged("sparsek-attend", case, TOKENS)
+    assert prepared.judge(output).ok
+    inputs.kv_scales = wrong(*inputs.kv_scales)
+    arm = next(found for found in ARMS if found.name == "sparsek-attend")
+    again = arm.prepare(inputs, gate.Gate(inputs), TOKENS).calls[0]()
+    # the earlier gate knows the scales
+    assert not prepared.judge(again).ok
+
+
+@pytest.mark.parametrize("fp8_products", [False, True], ids=["16 bits", "fp8"])
+def test_what_is_expected_over_an_fp8_cache_is_the_references_attention(fp8_products):
+    inputs = Inputs(FP8_DECODE, CPU)
+    expected = gate.expect_sparse(inputs, TOKENS, fp8_products)
+    items, query = inputs.items(TOKENS.refresh, 0), inputs.query[0].double()
+    wanted = torch.full_like(query, float("nan"))
+    decode_reference.decode(
+        query, inputs.kv_cache, inputs.table, items.row, items.position, inputs.units(TOKENS, 0),
+        None, TOKENS, inputs.scale, wanted, inputs.kv_scales,
+    )  # fmt: skip
+    wanted = torch.stack([wanted[at.row, at.head] for at in expected.samples])
+    torch.testing.assert_close(expected.exact, wanted, rtol=0, atol=1e-12)
+
+
+def test_fp8_products_round_queries_and_probabilities():
+    # keys 0 and 1 of two tokens, values 0 and 1; the second one's probability is 0.9 of the first's
+    rows = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).to(torch.float8_e4m3fn)
+    k_scale, v_scale = torch.tensor(0.5), torch.tensor(0.25)
+    found = gate._attend_in_fp8(torch.tensor([1.05]), rows, 2 * math.log(0.9), (k_scale, v_scale))
+    # 1.05 becomes 1, and 0.9 becomes 0.875 above the line only
+    assert found.item() == pytest.approx(0.875 * 0.25 / 1.9)
+
+
+class NotingGate(gate.Gate):
+    """Notes whom it excuses."""
+
+    def sparse(self, budget, fp8_products=False):
+        self.excused = fp8_products
+        return super().sparse(budget, fp8_products)
+
+
+def test_only_engines_that_multiply_in_fp8_may_be_wrong_by_its_rounding(monkeypatch):
+    inputs = Inputs(FP8_CHUNK, CPU)
+    strict, loose = (gate.expect_sparse(inputs, TOKENS, fp8) for fp8 in (False, True))
+    # three bits behind the point, not ten; an output may still not be off by a third of its size
+    relative = [(e.allowed / e.exact.abs().amax(1)).max().item() for e in (strict, loose)]
+    assert relative[0] < 0.005 < 0.02 < relative[1] < 1 / 3
+    for engine, wanted in (("triton", False), ("hopper", False), ("fa3", True)):
+        seen = []
+
+        def chosen(*arguments, engine=engine, seen=seen):
+            seen.append(arguments)
+            return types.SimpleNamespace(__name__=f"vllm_sparsek.kernels.prefill.{engine}")
+
+        monkeypatch.setattr(sparsek, "attention_module", chosen)
+        assert sparsek._fp8_products(inputs, TOKENS, "auto") is wanted
+        assert seen[0][:2] == ("prefill", "auto")
+        # R x G rows share a list
+        assert seen[0][3] == 32 * 2
+        for arm in ("sparsek", "sparsek-attend"):
+            noting = NotingGate(inputs)
+            next(a for a in ARMS if a.name == arm).prepare(inputs, noting, TOKENS)
+            assert noting.excused is wanted
+        assert not sparsek._fp8_products(Inputs(CHUNK, CPU), TOKENS, "auto")
 
 
 @pytest.mark.parametrize(
@@ -364,13 +499,74 @@ def test_flash_attention_gets_tables_that_hold_what_is_read(fake_fa3, arm, budge
     assert ("num_splits" in filled.note) == (case.kind == "decode")
 
 
+class StrictGate(gate.Gate):
+    """Excuses nobody who multiplies in fp8."""
+
+    def dense(self, local_window=None, fp8_products=False):
+        return super().dense(local_window)
+
+    def sparse(self, budget, fp8_products=False):
+        return super().sparse(budget)
+
+
+@pytest.mark.parametrize("case", [FP8_DECODE, FP8_CHUNK], ids=["decode", "chunk"])
+@pytest.mark.parametrize(
+    ("arm", "budget"),
+    [("fa3", None), ("fa3-pages", TOKENS), ("fa3-pages", PAGES)],
+    ids=["dense", "tokens", "pages"],
+)
+def test_flash_attention_over_an_fp8_cache_is_right_by_the_error_of_fp8_alone(
+    fake_fa3, arm, budget, case
+):
+    adapter = next(found for found in ARMS if found.name == arm)
+    assert adapter.fault(case, budget) == ""
+    filled = row(arm, case, budget, gate=None, us=None)
+    inputs = Inputs(case, CPU, sets=2)
+    run_arm(filled, adapter, inputs, gate.Gate(inputs), budget, call_once)
+    assert (filled.gate, filled.us) == (True, 1.0), filled.reason
+    assert 0.05 < filled.error_share < 1
+    # what attention without such rounding may be wrong by is too little
+    run_arm(filled, adapter, inputs, StrictGate(inputs), budget, call_once)
+    assert filled.gate is False
+    # and wrong scales are beyond both
+    prepared = adapter.prepare(inputs, gate.Gate(inputs), budget)
+    assert prepared.judge(prepared.calls[0]()).ok
+    right = inputs.kv_scales
+    for wrong in ("swapped", "of keys ignored", "of values ignored"):
+        inputs.kv_scales = WRONG_SCALES[wrong](*right)
+        again = adapter.prepare(inputs, gate.Gate(inputs), budget)
+        assert not prepared.judge(again.calls[0]()).ok, wrong
+
+
 def test_engines_that_our_tables_choose_from_run_side_by_side_in_shapes_of_both_kinds():
     found = cases.choose("engines").cases
-    assert {case.kind for case in found} == {"prefill", "decode"}
+    assert {(case.kind, case.cache) for case in found} == {
+        (kind, cache) for kind in ("prefill", "decode") for cache in (None, "float8_e4m3fn")
+    }
     for case in found:
-        names = [arm.name for arm in arms_of(case)]
-        assert names.index("sparsek-triton") < names.index("sparsek-fa3")
+        arms = {arm.name: arm for arm in arms_of(case)}
+        names = list(arms)
         assert case.against == "sparsek-triton"
+        if (case.kind, case.cache) != ("decode", "float8_e4m3fn"):
+            assert names.index("sparsek-triton") < names.index("sparsek-fa3")
+        if case.cache is not None:
+            assert all(arm.quantised for arm in arms.values())
+
+
+def test_arms_that_read_no_fp8_cache_say_so_and_do_not_run(fake_fa3):
+    by_name = {arm.name: arm for arm in ARMS}
+    readers = {name for name, arm in by_name.items() if arm.quantised}
+    assert readers == {
+        "fa3", "fa3-pages", "sparsek", "sparsek-attend", "sparsek-triton", "sparsek-fa3",
+        "sparsek-select",
+    }  # fmt: skip
+    for arm in ARMS:
+        for case in (FP8_DECODE, FP8_CHUNK):
+            if case.kind in arm.kinds and arm.name not in readers:
+                assert arm.fault(case, TOKENS).startswith("the cache is float8_e4m3fn"), arm.name
+    assert by_name["sparsek-fa3"].fault(FP8_CHUNK, TOKENS) == ""
+    assert "queries would be rounded" in by_name["sparsek-fa3"].fault(FP8_DECODE, TOKENS)
+    assert by_name["sdpa"].fault(CHUNK, None) == by_name["sdpa"].unavailable(CHUNK, None) != ""
 
 
 def test_what_cannot_run_says_why(fake_fa3):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernel_cases import (
     CHUNK,
+    FP8_CHUNK,
     PAGES,
     PREFILL,
     SELECT,
@@ -186,6 +187,10 @@ def test_a_new_row_names_case_and_budget():
     assert made.case == "select B2 H4/2 S200 D64 float16"
     assert (made.unit, made.refresh, made.budget) == (16, 32, "s3+k32+w24 R32 page16")
     assert CHUNK.name == "prefill B2 H4/2 S90 of 200 D64 float16"
+    assert made.cache is None
+    quantised = new_row(3, FP8_CHUNK, PAGES, "sparsek-attend", "attention")
+    assert quantised.case == "prefill B2 H4/2 S90 of 200 D64 float16 cache float8_e4m3fn"
+    assert (quantised.dtype, quantised.cache) == ("float16", "float8_e4m3fn")
 
 
 # times

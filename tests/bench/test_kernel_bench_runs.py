@@ -15,7 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import CASES, CPU, DECODE, PREFILL, TOKENS, call_once, results, row
+from kernel_cases import (
+    CASES,
+    CPU,
+    DECODE,
+    FP8_CHUNK,
+    FP8_DECODE,
+    PREFILL,
+    TOKENS,
+    call_once,
+    results,
+    row,
+)
 
 from vllm_sparsek import cli
 from vllm_sparsek.kernels.common.budget import Budget
@@ -69,6 +80,22 @@ def test_every_kind_of_case_runs_and_what_is_ours_is_right():
     assert {found.kind for found in ours if found.status == "ok"} == {case.kind for case in CASES}
     assert [found for found in ours if found.status != "ok"] == []
     assert not [found for found in run.rows if found.gate is False]
+    assert faults(run) == []
+
+
+def test_over_an_fp8_cache_ours_run_and_arms_that_read_none_are_unavailable():
+    run = results()
+    runner = driver.Runner(run, CPU, 200_000, lambda row: None, do_nothing, call_once)
+    runner.run([FP8_DECODE, FP8_CHUNK])
+    ours = [found for found in run.rows if found.arm.startswith("sparsek")]
+    assert {found.arm for found in ours} == {"sparsek", "sparsek-attend", "sparsek-select"}
+    assert {(found.status, found.gate, found.cache) for found in ours} == {
+        ("ok", True, "float8_e4m3fn")
+    }
+    others = {found.arm: found for found in run.rows if found not in ours}
+    assert {found.status for found in others.values()} == {"unavailable"}
+    for name in ("sdpa", "sdpa-cudnn", "xformers", "xformers-local", "vllm-triton"):
+        assert others[name].reason.startswith("the cache is float8_e4m3fn"), name
     assert faults(run) == []
 
 
@@ -340,7 +367,9 @@ def test_the_target_calls_every_arm_once_behind_a_marker_and_keeps_account(monke
 
     monkeypatch.setattr(target, "sparsek_profile_marker", Marker())
     monkeypatch.setattr(target, "require_gpu", lambda: CPU)
-    monkeypatch.setattr(target, "profiled_cases", lambda config, groups: [DECODE, PREFILL])
+    quantised = replace(PREFILL, cache="float8_e4m3fn", context=64, queries=64)
+    chosen = [DECODE, PREFILL, quantised]
+    monkeypatch.setattr(target, "profiled_cases", lambda config, groups: chosen)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for name in ("start", "stop"):
@@ -350,6 +379,8 @@ def test_the_target_calls_every_arm_once_behind_a_marker_and_keeps_account(monke
     rows = json.loads(manifest.read_text())
     ran = [entry for entry in rows if entry["status"] == "ok"]
     assert {entry["arm"] for entry in ran} >= {"sparsek", "sdpa"}
+    over_fp8 = {entry["arm"]: entry["status"] for entry in rows if entry["cache"] is not None}
+    assert (over_fp8["sparsek"], over_fp8["sdpa"]) == ("ok", "unavailable")
     assert not {entry["arm"] for entry in rows} & set(target.PARTS)
     assert {entry["budget"] for entry in ran} == {None, "s4+k24+w16 R32 token"}
     # one recorded marker for every arm that ran, none for one that failed while it got warm
@@ -449,6 +480,10 @@ def test_on_a_gpu_every_arm_that_is_there_runs_and_is_right(capsys):
     ceilings = measure.ceilings()
     assert ceilings.copy_gb_per_s > 100
     chosen = [*(replace(case, dtype="float16") for case in CASES[:-1]), CASES[-1], mha, select]
+    engines = ("fa3", "fa3-pages", "sparsek", "sparsek-attend", "sparsek-triton", "sparsek-fa3")
+    # what Triton's kernels need for fp8
+    if torch.cuda.get_device_capability() >= (8, 9):
+        chosen += [replace(c, arms=engines, dtype="bfloat16") for c in (FP8_DECODE, FP8_CHUNK)]
     driver.Runner(run, device, 2**20, print, do_nothing).run(chosen)
     with capsys.disabled():
         for found in run.rows:

@@ -48,6 +48,7 @@ class Arm:
         sparse: runs once per budget instead of once per case.
         unavailable: (case, budget) -> why it cannot run, "" if it can. Imports what it needs.
         by_name: runs only where a case names it.
+        quantised: runs over a quantised cache as well.
     """
 
     name: str
@@ -57,12 +58,19 @@ class Arm:
     sparse: bool = False
     unavailable: Callable[[Case, Budget | None], str] = lambda case, budget: ""
     by_name: bool = False
+    quantised: bool = False
 
     def takes(self, case: Case) -> bool:
         """Whether the arm is meant for the case."""
         if case.kind not in self.kinds:
             return False
         return not self.by_name if case.arms is None else self.name in case.arms
+
+    def fault(self, case: Case, budget: Budget | None) -> str:
+        """Why the arm cannot run the case, "" if it can."""
+        if case.cache is not None and not self.quantised:
+            return f"the cache is {case.cache}: it reads none of another dtype than the queries'"
+        return self.unavailable(case, budget)
 
 
 @functools.cache

@@ -1,4 +1,8 @@
-"""FlashAttention-3 from vLLM's wheel: dense, and over the page tables of a selection."""
+"""FlashAttention-3 from vLLM's wheel: dense, and over the page tables of a selection.
+
+Beside an fp8 cache it takes queries in fp8, which are given, rounds probabilities to it, and
+returns bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.validate import FP8
 from vllm_sparsek.serving_bench.kernel_bench import measure, work
 from vllm_sparsek.serving_bench.kernel_bench.arms.base import (
     Arm,
@@ -37,6 +42,23 @@ def _unavailable(case: Case, budget: Budget | None) -> str:
     return ""
 
 
+def _operands(inputs: Inputs, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries as the library takes them beside the cache, and an output."""
+    if inputs.kv_scales is None:
+        return query, nan_like(query)
+    return query.to(FP8), nan_like(query.to(torch.bfloat16))
+
+
+def _descale(inputs: Inputs, requests: int, heads: int) -> dict[str, torch.Tensor]:
+    """Scales of an fp8 cache, as keyword arguments; of another one, none."""
+    if inputs.kv_scales is None:
+        return {}
+    one = torch.ones(1, device=inputs.device)
+    names = ("q_descale", "k_descale", "v_descale")
+    scales = (one, *inputs.kv_scales)
+    return {n: s.view(1).expand(requests, heads) for n, s in zip(names, scales, strict=True)}
+
+
 def _best(make: Callable[[int, int], Call], inputs: Inputs) -> tuple[list[Call], str]:
     """Calls for all input sets, in decode with the number of splits that is fastest."""
     if inputs.case.queries > 1:
@@ -53,9 +75,10 @@ def _dense_prefill(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepare
         torch.arange(case.batch + 1, dtype=torch.int32, device=inputs.device) * n
         for n in (case.queries, case.context)
     ]
+    descale = _descale(inputs, case.batch, case.kv_heads)
 
     def make(s: int) -> Call:
-        query, out = inputs.query[s], nan_like(inputs.query[s])
+        query, out = _operands(inputs, inputs.query[s])
         key, value = (
             half.flatten(0, 1).contiguous()
             for half in inputs.key_value(s).split(case.head_dim, dim=-1)
@@ -64,13 +87,14 @@ def _dense_prefill(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepare
         def call() -> torch.Tensor:
             flash_attn_varlen_func(
                 query, key, value, case.queries, starts[0], case.context, cu_seqlens_k=starts[1],
-                softmax_scale=inputs.scale, causal=True, out=out, fa_version=3,
+                softmax_scale=inputs.scale, causal=True, out=out, fa_version=3, **descale,
             )  # fmt: skip
             return by_request(out, case)
 
         return call
 
-    return Prepared([make(s) for s in range(inputs.sets)], gate.dense(), work.attention(case, None))
+    judge = gate.dense(fp8_products=bool(descale))
+    return Prepared([make(s) for s in range(inputs.sets)], judge, work.attention(case, None))
 
 
 def _dense_decode(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
@@ -80,22 +104,25 @@ def _dense_decode(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared
     key, value = inputs.kv_cache.transpose(1, 2).split(case.head_dim, dim=-1)
     starts = torch.arange(case.batch + 1, dtype=torch.int32, device=inputs.device)
     lengths = torch.full_like(starts[1:], case.context)
+    descale = _descale(inputs, case.batch, case.kv_heads)
 
     def make(s: int, splits: int) -> Call:
-        query, out = inputs.query[s], nan_like(inputs.query[s])
+        query, out = _operands(inputs, inputs.query[s])
         table = inputs.table[inputs.rows(s)]
 
         def call() -> torch.Tensor:
             flash_attn_varlen_func(
                 query, key, value, 1, starts, case.context, seqused_k=lengths, block_table=table,
                 softmax_scale=inputs.scale, causal=True, out=out, num_splits=splits, fa_version=3,
+                **descale,
             )  # fmt: skip
             return by_request(out, case)
 
         return call
 
     calls, note = _best(make, inputs)
-    return Prepared(calls, gate.dense(), work.attention(case, None), note)
+    judge = gate.dense(fp8_products=bool(descale))
+    return Prepared(calls, judge, work.attention(case, None), note)
 
 
 def _dense(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
@@ -128,22 +155,23 @@ def _pages(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
 
     made = [tables(s) for s in range(inputs.sets)]
     longest = max(int(lengths.max()) for _, _, lengths, _ in made)
+    descale = _descale(inputs, made[0][2].numel(), 1)
 
     def make(s: int, splits: int) -> Call:
         query, table, lengths, starts = made[s]
-        out = nan_like(query)
+        query, out = _operands(inputs, query)
 
         def call() -> torch.Tensor:
             flash_attn_varlen_func(
                 query, key, value, min(budget.refresh, case.queries), starts, longest,
                 seqused_k=lengths, block_table=table, softmax_scale=inputs.scale, causal=True,
-                out=out, num_splits=splits, fa_version=3,
+                out=out, num_splits=splits, fa_version=3, **descale,
             )  # fmt: skip
             return out
 
         return call
 
-    judge = gate.sparse(budget)
+    judge = gate.sparse(budget, fp8_products=bool(descale))
 
     def check(output: torch.Tensor) -> Verdict:
         shape = (case.batch, case.kv_heads, case.queries, group, case.head_dim)
@@ -154,9 +182,12 @@ def _pages(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
 
 
 ARMS = (
-    Arm("fa3", ("prefill", "decode"), "attention", _dense, unavailable=_unavailable),
+    Arm(
+        "fa3", ("prefill", "decode"), "attention", _dense, unavailable=_unavailable,
+        quantised=True,
+    ),
     Arm(
         "fa3-pages", ("prefill", "decode"), "attention", _pages, sparse=True,
-        unavailable=_unavailable,
+        unavailable=_unavailable, quantised=True,
     ),
 )  # fmt: skip

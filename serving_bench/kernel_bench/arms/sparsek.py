@@ -10,6 +10,7 @@ import torch
 from vllm_sparsek import compat
 from vllm_sparsek.kernels.bounds import api as bounds_api
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.common.engines import attention_module
 from vllm_sparsek.kernels.decode import api as decode_api
 from vllm_sparsek.kernels.prefill import api as prefill_api
 from vllm_sparsek.serving_bench.kernel_bench import work
@@ -36,7 +37,7 @@ def _decode(
     def call() -> torch.Tensor:
         decode_api.decode(
             query, inputs.kv_cache, inputs.table, items.row, items.position, units, None, budget,
-            inputs.scale, out, space, bound, impl=impl,
+            inputs.scale, out, space, bound, inputs.kv_scales, impl=impl,
         )  # fmt: skip
         return by_request(out, case)
 
@@ -52,11 +53,24 @@ def _prefill(
     def call() -> torch.Tensor:
         prefill_api.prefill(
             query, *inputs.kv_cache.chunk(2, dim=-1), inputs.table, items.row, items.position,
-            items.start, items.length, units, None, budget, inputs.scale, out, impl=impl,
+            items.start, items.length, units, None, budget, inputs.scale, out, inputs.kv_scales,
+            impl=impl,
         )  # fmt: skip
         return by_request(out, inputs.case)
 
     return call
+
+
+def _fp8_products(inputs: Inputs, budget: Budget, impl: str) -> bool:
+    """Whether the engine that will run multiplies in fp8, as FlashAttention-3 over an fp8 cache."""
+    case = inputs.case
+    if inputs.kv_scales is None:
+        return False
+    # as decode/api.py and prefill/api.py choose it
+    rows = (budget.refresh if case.kind == "prefill" else 1) * case.query_heads // case.kv_heads
+    key, value = inputs.kv_cache.chunk(2, dim=-1)
+    module = attention_module(case.kind, impl, inputs.query[0], rows, key, value, None, budget)
+    return module.__name__.endswith("fa3")
 
 
 def _attend(inputs: Inputs, gate: Gate, budget: Budget | None, impl: str = "auto") -> Prepared:
@@ -67,7 +81,8 @@ def _attend(inputs: Inputs, gate: Gate, budget: Budget | None, impl: str = "auto
         attend(inputs, budget, s, inputs.items(budget.refresh, s), inputs.units(budget, s), impl)
         for s in range(inputs.sets)
     ]
-    return Prepared(calls, gate.sparse(budget), work.attention(inputs.case, budget))
+    judge = gate.sparse(budget, _fp8_products(inputs, budget, impl))
+    return Prepared(calls, judge, work.attention(inputs.case, budget))
 
 
 def _select(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
@@ -107,7 +122,7 @@ def _both(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
 
     calls = [make(s) for s in range(inputs.sets)]
     least = work.attention(case, budget) + work.selection(case, budget)
-    return Prepared(calls, gate.sparse(budget), least)
+    return Prepared(calls, gate.sparse(budget, _fp8_products(inputs, budget, "auto")), least)
 
 
 def _select_by_query(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepared:
@@ -138,6 +153,8 @@ def _select_by_query(inputs: Inputs, gate: Gate, budget: Budget | None) -> Prepa
 
 
 def _no_fa3(case: Case, budget: Budget | None) -> str:
+    if case.cache is not None and case.kind == "decode":
+        return f"the cache is {case.cache}: decode's queries would be rounded to it"
     _, reason = compat.flash_attention_3()
     return reason
 
@@ -149,22 +166,31 @@ def _no_hopper(case: Case, budget: Budget | None) -> str:
 
 
 ARMS = (
-    Arm("sparsek", ("prefill", "decode"), "attention+selection", _both, sparse=True),
-    Arm("sparsek-attend", ("prefill", "decode"), "attention", _attend, sparse=True),
+    Arm(
+        "sparsek", ("prefill", "decode"), "attention+selection", _both, sparse=True,
+        quantised=True,
+    ),
+    Arm(
+        "sparsek-attend", ("prefill", "decode"), "attention", _attend, sparse=True,
+        quantised=True,
+    ),
     # the engines of ``sparsek-attend`` side by side, whatever configs/engines says
     Arm(
         "sparsek-triton", ("prefill", "decode"), "attention", partial(_attend, impl="triton"),
-        sparse=True, by_name=True,
+        sparse=True, by_name=True, quantised=True,
     ),
     Arm(
         "sparsek-fa3", ("prefill", "decode"), "attention", partial(_attend, impl="fa3"),
-        sparse=True, unavailable=_no_fa3, by_name=True,
+        sparse=True, unavailable=_no_fa3, by_name=True, quantised=True,
     ),
     Arm(
         "sparsek-hopper", ("prefill",), "attention", partial(_attend, impl="hopper"), sparse=True,
         unavailable=_no_hopper, by_name=True,
     ),
-    Arm("sparsek-select", ("prefill", "decode", "select"), "selection", _select, sparse=True),
+    Arm(
+        "sparsek-select", ("prefill", "decode", "select"), "selection", _select, sparse=True,
+        quantised=True,
+    ),
     Arm(
         "sparsek-select-by-query", ("decode",), "selection", _select_by_query, sparse=True,
         by_name=True,
