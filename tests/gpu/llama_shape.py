@@ -182,6 +182,8 @@ def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]
         prompts, context = batch(name), int(name.split("x")[1])
         if f"prefill_s_{name}" not in result:
             _, result[f"prefill_s_{name}"] = run(prompts, 1)
+        # what was measured is kept if what follows runs out of time
+        out.write_text(json.dumps(result))
         if case.endswith(PREFILL):
             continue
         seen[name] = seen.get(name, 0) + 1
@@ -205,7 +207,6 @@ def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]
         run(prompts, 17)
         llm.stop_profile()
         result[f"kernels_{profiled}"] = kernel_times(traces)
-    # what was measured is kept if what follows runs out of time
     out.write_text(json.dumps(result))
     if os.environ.get("LLAMA_ONLY_CASES") != "1":
         # one prefix, many questions; one after the other, so that both backends can hit
