@@ -33,7 +33,7 @@ from vllm_sparsek.kernels.decode.reference import visible_positions
 from vllm_sparsek.kernels.select import reference as select_reference
 from vllm_sparsek.serving_bench.errors import BenchError
 from vllm_sparsek.serving_bench.kernel_bench import cases, gate, measure, work
-from vllm_sparsek.serving_bench.kernel_bench.arms import ARMS, arms_of, kv_write, sparsek
+from vllm_sparsek.serving_bench.kernel_bench.arms import ARMS, arms_of, kv_write, sdpa, sparsek
 from vllm_sparsek.serving_bench.kernel_bench.arms.base import import_fault
 from vllm_sparsek.serving_bench.kernel_bench.cases import Tier
 from vllm_sparsek.serving_bench.kernel_bench.inputs import Inputs, input_sets
@@ -401,6 +401,27 @@ def test_the_gate_refuses_a_query_that_does_not_see_itself():
         output[at.row, at.query, at.head] = exact
     assert not expected.check(output).ok
     assert blind.check(output).ok
+
+
+@pytest.mark.parametrize("name", ["sdpa", "sdpa-cudnn"])
+def test_pytorch_chooses_as_without_vllm_whose_import_forbids_cudnn(name, monkeypatch):
+    seen, real = [], sdpa.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        seen.append(
+            (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled())
+        )
+        return real(*args, **kwargs)
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        monkeypatch.setattr(sdpa, "scaled_dot_product_attention", watched)
+        judged(name, PREFILL)
+        assert set(seen) == {(True, name == "sdpa")}
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_dense_arms_and_local_windows_are_held_to_their_own_masks():

@@ -22,8 +22,18 @@ def _unavailable(case: Case, budget: Budget | None) -> str:
     return ""
 
 
+# what PyTorch chooses from by itself; importing vLLM on a GPU forbids cuDNN's for the whole process
+OWN_CHOICE = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+
+
 def _prepare(inputs: Inputs, gate: Gate, cudnn: bool) -> Prepared:
     case = inputs.case
+    allowed = [SDPBackend.CUDNN_ATTENTION] if cudnn else list(OWN_CHOICE)
 
     def make(s: int) -> Callable[[], torch.Tensor]:
         query = inputs.query[s].view(case.batch, case.queries, case.query_heads, case.head_dim)
@@ -35,13 +45,12 @@ def _prepare(inputs: Inputs, gate: Gate, cudnn: bool) -> Prepared:
         gqa = case.query_heads != case.kv_heads
 
         def call() -> torch.Tensor:
-            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa)
+            with sdpa_kernel(allowed):
+                return scaled_dot_product_attention(
+                    query, key, value, is_causal=True, enable_gqa=gqa
+                )
 
-        def call_cudnn() -> torch.Tensor:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return call()
-
-        return call_cudnn if cudnn else call
+        return call
 
     judge = gate.dense()
     return Prepared(
