@@ -252,3 +252,23 @@ def test_selection_on_a_cpu_gives_our_backend(enum):
     layer = AttentionSelectorConfig(64, torch.bfloat16, "auto", 16)
     found = current_platform.get_attn_backend_cls(enum["SPARSEK"], layer, 4)
     assert found == compat.BACKEND_PATH
+
+
+# --- the dense path --------------------------------------------------------------------------
+
+
+def test_flash_attention_sees_that_not_all_layers_have_a_sliding_window(monkeypatch):
+    """Else it schedules ahead for the window, which is wrong in a CUDA graph of short contexts."""
+    from types import SimpleNamespace
+
+    from vllm.v1.attention.backends import flash_attn
+
+    from vllm_sparsek.attention.impl import SparseKImpl
+
+    sliding, dense = (object.__new__(flash_attn.FlashAttentionImpl) for _ in range(2))
+    sliding.sliding_window, dense.sliding_window = (63, 0), (-1, -1)
+    ours = object.__new__(SparseKImpl)
+    ours.dense = dense
+    layers = {"layers.0": SimpleNamespace(impl=sliding), "layers.1": SimpleNamespace(impl=ours)}
+    monkeypatch.setattr(flash_attn, "get_layers_from_vllm_config", lambda *args: layers)
+    assert flash_attn._get_sliding_window_configs(None) == {(63, 0), (-1, -1)}
