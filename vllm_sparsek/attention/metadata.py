@@ -68,7 +68,7 @@ class SparseKMetadata(AttentionMetadata):
         decode_row: [num_decodes] int32, the row, or -1 where it is read densely.
         decode_position: [num_decodes] int32.
         step: [1] int32 on the device, one more at every step.
-        sparse_decodes: whether any decode row is sparse (always true in a CUDA graph).
+        sparse_decodes: whether any decode row is sparse (in a CUDA graph of both paths: true).
         items: sparse queries of the prefill rows, or None.
         cpu_rows: sparse decode rows, on the CPU only; cpu_windows: what layers share of them.
     """

@@ -23,17 +23,17 @@ def _unavailable(case: Case, budget: Budget | None) -> str:
 
 
 # what PyTorch chooses from by itself; importing vLLM on a GPU forbids cuDNN's for the whole process
-OWN_CHOICE = (
+OWN_CHOICE = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
-)
+]
 
 
 def _prepare(inputs: Inputs, gate: Gate, cudnn: bool) -> Prepared:
     case = inputs.case
-    allowed = [SDPBackend.CUDNN_ATTENTION] if cudnn else list(OWN_CHOICE)
+    allowed = [SDPBackend.CUDNN_ATTENTION] if cudnn else OWN_CHOICE
 
     def make(s: int) -> Callable[[], torch.Tensor]:
         query = inputs.query[s].view(case.batch, case.queries, case.query_heads, case.head_dim)
