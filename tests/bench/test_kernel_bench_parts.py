@@ -25,7 +25,6 @@ from vllm_sparsek.kernels.select import reference as select_reference
 from vllm_sparsek.serving_bench.errors import BenchError
 from vllm_sparsek.serving_bench.kernel_bench import cases, work
 from vllm_sparsek.serving_bench.kernel_bench.arms import arms_of
-from vllm_sparsek.serving_bench.kernel_bench.cases import Tier
 from vllm_sparsek.serving_bench.kernel_bench.inputs import Inputs, input_sets
 
 BUDGETS = {
@@ -35,8 +34,6 @@ BUDGETS = {
     "fits": Budget(300, 16, 4, 64),
     "no sinks, wide refresh": Budget(16, 8, 0, 128),
 }
-T1 = Tier(us_per_head=3.82, inclusive=True, density=0.43, speedup=1.0, beats=["sdpa"])
-T2 = Tier(us_per_head=3.0, density=0.23, speedup=1.27, beats=["xformers", "xformers-local"])
 
 
 # cases
