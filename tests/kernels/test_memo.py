@@ -109,14 +109,41 @@ def test_a_refresh_looks_at_the_list_and_what_left_the_window_alone(device, budg
     assert (passed_over in steps.run(2, mark=False)[0, 0].tolist()) is not merges
 
 
-def test_pages_that_fit_no_tile_are_sifted_for_a_list_that_is_kept(device, monkeypatch):
+@pytest.mark.parametrize("most", [0, 1 << 14], ids=["sifted", "pooled"])
+def test_pages_that_fit_no_tile_are_sifted_or_pooled_for_a_list_that_is_kept(
+    most, device, monkeypatch
+):
     monkeypatch.setattr(kernels, "PAGE_FOLD_BLOCK", 4)
+    monkeypatch.setattr(kernels, "MOST_POOLED", most)
     budget = Budget(k=32, window=16, sinks=3, refresh=16, unit=16)
     steps, host = Steps(device, budget=budget), Steps(torch.device("cpu"), budget=budget)
     for step, length in enumerate([199, 199, 200, 207]):
         steps.position[:] = torch.tensor([length, 130])
         expected, _ = chosen(host.paged, steps.row, steps.position, budget, False)
         assert torch.equal(steps.run(step, mark=False), expected)
+
+
+@pytest.mark.parametrize(
+    "page, pooling", [(16, "lse"), (16, "mean"), (32, "max"), (32, "lse"), (16, "max")]
+)
+def test_lists_begin_with_all_pages_of_long_contexts(page, pooling, device):
+    lengths = [1100 * page, 2 * page]
+    paged = build(lengths, 1, 8, page)
+    row, position = items_of([(r, n - 1) for r, n in enumerate(lengths)])
+    budget = Budget(k=9 * page, window=16, sinks=3, refresh=16, unit=page)
+    shape = (2, 1, budget.max_units(lengths[0]))
+    expected = torch.empty(shape, dtype=torch.int32)
+    arguments = (paged.scores, paged.block_table, row, position, budget, pooling, False)
+    api.select(*arguments, expected, impl="reference")
+    units = torch.full(shape, MARK, dtype=torch.int32, device=device)
+    stamps = torch.full((2, 1, 4), -2, dtype=torch.int32, device=device)
+    memo = SelectionMemo(stamps, torch.ones(1, dtype=torch.int32, device=device))
+    paged = paged.to(device)
+    arguments = (
+        paged.scores, paged.block_table, row.to(device), position.to(device), *arguments[4:],
+    )  # fmt: skip
+    api.select(*arguments, units, impl="triton", memo=memo)
+    assert torch.equal(units.cpu(), expected)
 
 
 def test_gates_are_made_anew_at_every_refresh(device):

@@ -295,15 +295,17 @@ def test_soft_gates_are_one_where_scores_of_minus_infinity_find_room(device):
         assert (gates == 1).all()
 
 
-# of 1,000 units; a sample looks at every 15th that competes
+# of 1,000 units, 977 of which compete; a sample looks at 8 neighbours of every 122 or so
 SIFTED = {
     "random": torch.randn,
     "rising": lambda n: torch.arange(n) * 1.0,
     "falling": lambda n: -torch.arange(n) * 1.0,
     "equal": torch.ones,
     "few levels": lambda n: torch.randint(0, 3, (n,)) * 1.0,
-    "sample above": lambda n: torch.randn(n) + 100.0 * (torch.arange(n) % 15 == 0),
-    "sample below": lambda n: torch.randn(n) - 100.0 * (torch.arange(n) % 15 == 0),
+    "sample above": lambda n: torch.randn(n) + 100.0 * (torch.arange(n) % 122 < 8),
+    "sample below": lambda n: torch.randn(n) - 100.0 * (torch.arange(n) % 122 < 8),
+    "some of the sample above": lambda n: torch.randn(n) + 9.0 * (torch.arange(n) % 122 < 3),
+    "clusters": lambda n: torch.randn(n) + 9.0 * (torch.arange(n) // 37 % 9 == 1),
     "no scores": lambda n: torch.full((n,), float("-inf")),
 }
 

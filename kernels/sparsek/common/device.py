@@ -140,13 +140,25 @@ def list_bounds(
 
 
 @triton.jit
-def list_positions(
+def load_kept_units(
+    o_kept,  # [N] places in the list, from its kept tokens on
+    kept,
+    p_units,  # [K] int32, the kept units of this item and head
+    UNIT: tl.constexpr,
+):
+    """Units [N] of the first ``kept``, 0 at other places."""
+    m_kept = (o_kept >= 0) & (o_kept < kept * UNIT)
+    return tl.load(p_units + o_kept // UNIT, mask=m_kept, other=0)
+
+
+@triton.jit
+def positions_of(
     o_n,  # [N] places in the list
+    b_unit,  # [N] kept units at these places
     sinks,
     kept,
     window_start,
     total,
-    p_units,  # [K] int32, the kept units of this item and head
     UNIT: tl.constexpr,
 ):
     """Token positions at places ``o_n`` of the list.
@@ -156,11 +168,25 @@ def list_positions(
     """
     o_kept = o_n - sinks
     m_kept = (o_kept >= 0) & (o_kept < kept * UNIT)
-    b_unit = tl.load(p_units + o_kept // UNIT, mask=m_kept, other=0)
-    m_n = (o_n < total) & (b_unit >= 0)
+    m_n = (o_n < total) & ((b_unit >= 0) | (m_kept == 0))
     o_pos = tl.where(m_kept, b_unit * UNIT + o_kept % UNIT, window_start + o_kept - kept * UNIT)
     o_pos = tl.where(o_n < sinks, o_n, o_pos)
     return tl.where(m_n, o_pos, 0), m_n
+
+
+@triton.jit
+def list_positions(
+    o_n,  # [N] places in the list
+    sinks,
+    kept,
+    window_start,
+    total,
+    p_units,  # [K] int32, the kept units of this item and head
+    UNIT: tl.constexpr,
+):
+    """As ``positions_of``, with the kept units that are loaded for it."""
+    b_unit = load_kept_units(o_n - sinks, kept, p_units, UNIT)
+    return positions_of(o_n, b_unit, sinks, kept, window_start, total, UNIT)
 
 
 @triton.jit

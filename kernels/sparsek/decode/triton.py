@@ -17,8 +17,9 @@ from vllm_sparsek.kernels.common.device import (
     budget_arguments,
     list_bounds,
     list_gates,
-    list_positions,
+    load_kept_units,
     of_head,
+    positions_of,
     slots_per_block,
     softmax_step,
     token_offsets,
@@ -27,6 +28,7 @@ from vllm_sparsek.kernels.decode.splits import SPLIT_TOKENS, split_sizes
 
 # of decode_fwd_kernel
 OPTIONS = {"num_warps": 4, "num_stages": 2}
+REDUCE_WARPS = 2
 
 
 @triton.jit(do_not_specialize=[*BUDGET_SCALARS, "max_units", "splits"])
@@ -72,14 +74,18 @@ def decode_fwd_kernel(
     """One split of the list of one (item, KV head), for all G query heads of that KV head."""
     i_i, i_h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     k, share_bits = of_head(k, i_h), of_head(share_bits, i_h)
+    low = i_s * SPLIT
+    o_split = low + tl.arange(0, SPLIT)
+    i_units = i_i.to(tl.int64) * stride_units_item + i_h * stride_units_head
+    # on their way together: where units are kept, all sinks come before them
     row = tl.load(item_row_ptr + i_i)
+    position = tl.load(item_position_ptr + i_i)
+    b_unit = load_kept_units(o_split - first_unit * UNIT, max_units, units_ptr + i_units, UNIT)
     if row < 0:
         return
-    position = tl.load(item_position_ptr + i_i)
     sinks, kept, window_start, total = list_bounds(
         position, position, first_unit, window, refresh, k, share_bits, max_units, UNIT
     )
-    low = i_s * SPLIT
     high = tl.minimum(total, low + SPLIT)
     if low >= high:
         return
@@ -94,7 +100,6 @@ def decode_fwd_kernel(
 
     p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
     p_kv = kv_ptr + i_h.to(tl.int64) * stride_kv_head
-    i_units = i_i.to(tl.int64) * stride_units_item + i_h * stride_units_head
     if FP8:
         scale_log2 = scale_log2 * tl.load(k_scale_ptr)
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -102,10 +107,7 @@ def decode_fwd_kernel(
     b_acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     # where the split's tokens lie is found out at once, so that the loop waits for one thing alone,
     # keys and values, which are copied asynchronously
-    o_split = low + tl.arange(0, SPLIT)
-    b_pos, m_split = list_positions(
-        o_split, sinks, kept, window_start, high, units_ptr + i_units, UNIT
-    )
+    b_pos, m_split = positions_of(o_split, b_unit, sinks, kept, window_start, high, UNIT)
     b_slots = token_offsets(b_pos, m_split, p_table, per_block, 1, PAGE).to(tl.int32)
     b_slots = tl.where(m_split, b_slots, -1)
     for start in range(0, high - low, BLOCK_N):
@@ -258,7 +260,7 @@ def decode(
         acc, stats, item_row, item_position, out, *scalars, split_tokens, splits,
         out.stride(0), out.stride(1),
         G=group, D=head_dim, D_PAD=tiles["D_PAD"], UNIT=budget.unit,
-        SPLITS_PAD=triton.next_power_of_2(splits), num_warps=4,
+        SPLITS_PAD=triton.next_power_of_2(splits), num_warps=REDUCE_WARPS,
     )  # fmt: skip
 
 
@@ -283,7 +285,7 @@ def reduce_case(
     """One variant of ``reduce_fwd_kernel``."""
     constexprs = {"G": group, "D": head_dim, "D_PAD": head_dim_pad, "UNIT": 1, "SPLITS_PAD": 16}
     types = "*fp32 *fp32 *i32 *i32 *bf16 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32"
-    return reduce_fwd_kernel, types, constexprs, {"num_warps": 4}
+    return reduce_fwd_kernel, types, constexprs, {"num_warps": REDUCE_WARPS}
 
 
 COMPILE_CASES = [

@@ -5,52 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-POOL_CHUNK = tl.constexpr(16)  # tokens of every page that are loaded at once
+from vllm_sparsek.kernels.select.pooling import page_blocks, page_chunk, pool_pages
+
 # the threshold search takes a handful of Newton steps; scores that make it jump to and fro are
 # bisected after that, which needs about 24 steps more
 NEWTON_STEPS = tl.constexpr(12)
 SOFT_STEPS = tl.constexpr(48)
 SOFT_TOLERANCE = tl.constexpr(1e-7)  # of tau
-
-
-@triton.jit
-def pool_pages(
-    p_page,  # [BLOCK, POOL_CHUNK] the first tokens of pages
-    m_u,  # [BLOCK]
-    UNIT: tl.constexpr,
-    POOLING: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Scores [BLOCK] of pages, -inf where masked.
-
-    The order of additions within a page is the same wherever this is used.
-    """
-    o_c = tl.arange(0, POOL_CHUNK)
-    # chunks are combined element by element and reduced once, after the loop: a reduction
-    # inside trips an assertion of Triton 3.6 (OptimizeThreadLocality)
-    if POOLING == "mean":
-        b_sum = tl.zeros([BLOCK, POOL_CHUNK], tl.float32)
-        for c in range(0, UNIT, POOL_CHUNK):
-            m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
-            b_sum += tl.load(p_page + c, mask=m_c, other=0.0)  # [BLOCK, CHUNK]
-        b_z = tl.where(m_u, tl.sum(b_sum, 1) / UNIT, float("-inf"))
-    else:
-        b_high = tl.full([BLOCK, POOL_CHUNK], float("-inf"), tl.float32)
-        for c in range(0, UNIT, POOL_CHUNK):
-            m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
-            b_high = tl.maximum(b_high, tl.load(p_page + c, mask=m_c, other=float("-inf")))
-        b_z = tl.max(b_high, 1)
-        if POOLING == "lse":
-            b_shift = tl.where(b_z == float("-inf"), 0.0, b_z)
-            b_sum = tl.zeros([BLOCK, POOL_CHUNK], tl.float32)
-            for c in range(0, UNIT, POOL_CHUNK):
-                m_c = m_u[:, None] & (o_c < UNIT - c)[None, :]
-                b_c = tl.load(p_page + c, mask=m_c, other=float("-inf"))
-                b_sum += tl.exp(b_c - b_shift[:, None])
-            # the highest token alone contributes 1
-            b_log = tl.log(tl.maximum(tl.sum(b_sum, 1), 1.0))
-            b_z = tl.where(b_z == float("-inf"), b_z, b_shift + b_log)
-    return b_z
 
 
 @triton.jit
@@ -80,11 +41,8 @@ def load_unit_scores(
             o_score = b_block * stride_block + o_u % PAGE
         b_z = tl.load(p_scores + o_score, mask=m_u, other=float("-inf"))
     else:
-        if PAGE == 0:
-            o_score = tl.load(p_table).to(tl.int64) * stride_block + o_u * UNIT
-        else:
-            o_score = tl.load(p_table + o_u, mask=m_u, other=0).to(tl.int64) * stride_block
-        p_page = p_scores + o_score[:, None] + tl.arange(0, POOL_CHUNK)[None, :]
+        b_block = page_blocks(o_u, m_u, p_table, PAGE)
+        p_page = page_chunk(o_u, b_block, p_scores, p_table, stride_block, PAGE, UNIT)
         b_z = pool_pages(p_page, m_u, UNIT, POOLING, BLOCK)
     return tl.where(b_z == 0.0, 0.0, b_z)
 
@@ -262,13 +220,14 @@ def write_padding(written, max_units, p_units, p_gates, SOFT: tl.constexpr, BLOC
 
 
 @triton.jit
-def best_of_tile(b_key, keep):
+def best_of_tile(b_key, keep, slack=0):
     """What separates the ``keep`` highest keys [BLOCK] uint32: a threshold, and the ties to keep.
 
     Keys above the threshold are kept, and so many of those equal to it; keys of 0 are none. With
-    all keys in registers a count costs little. What is left between two keys is halved: every
-    other time by the scores, which are spread more evenly, else by the keys, which bounds the
-    number of counts. It ends where a count is exact.
+    all keys in registers a count costs little, and two at once cost hardly more than one. What is
+    left between two keys is cut in three: every other time by the scores, which are spread more
+    evenly, else by the keys, which bounds the number of counts. It ends where a count is exact, or
+    has no more than ``slack`` too many: then there are no ties to speak of.
     """
     # ``keep`` or more keys reach ``low``; ``above`` keys, fewer than that, reach ``beyond``
     beyond = tl.max(b_key, 0) + 1
@@ -276,15 +235,22 @@ def best_of_tile(b_key, keep):
     above = keep * 0
     reached = keep - 1
     by_score = keep >= 0
-    while (beyond - low > 1) & (reached != keep):
-        middle = low + (beyond - low) // 2
-        between = ordered_key(0.5 * key_value(low) + 0.5 * key_value(beyond))
-        middle = tl.where(by_score & (between > low) & (between < beyond), between, middle)
-        reached = tl.sum((b_key >= middle).to(tl.int32), 0)
-        enough = reached >= keep
-        low = tl.where(enough, middle, low)
-        beyond = tl.where(enough, beyond, middle)
-        above = tl.where(enough, above, reached)
+    while (beyond - low > 1) & ((reached < keep) | (reached > keep + slack)):
+        third = tl.maximum((beyond - low) // 3, 1)
+        first, second = low + third, beyond - third
+        lowest, highest = key_value(low), key_value(beyond)
+        between = ordered_key(lowest * (2 / 3) + highest * (1 / 3))
+        first = tl.where(by_score & (between > low) & (between < beyond), between, first)
+        between = ordered_key(lowest * (1 / 3) + highest * (2 / 3))
+        second = tl.where(by_score & (between > low) & (between < beyond), between, second)
+        first, second = tl.minimum(first, second), tl.maximum(first, second)
+        # both counts in one sum: a tile holds fewer than 2^15 keys
+        both = tl.sum((b_key >= first).to(tl.int32) + ((b_key >= second).to(tl.int32) << 16), 0)
+        at_first, at_second = both & 0xFFFF, both >> 16
+        low = tl.where(at_second >= keep, second, tl.where(at_first >= keep, first, low))
+        above = tl.where(at_second >= keep, above, tl.where(at_first >= keep, at_second, at_first))
+        beyond = tl.where(at_second >= keep, beyond, tl.where(at_first >= keep, second, first))
+        reached = tl.where(at_second >= keep, at_second, at_first)
         by_score = by_score == 0
     # an exact count keeps the keys that equal the threshold, all of them
     return low, tl.where(reached == keep, keep, keep - above)

@@ -15,8 +15,11 @@ from vllm_sparsek.kernels.select.device import (
     write_padding,
     write_whole,
 )
+from vllm_sparsek.kernels.select.pooling import pool_all
 
 WORD = 16  # scores whose outcomes make one word
+SAMPLED = tl.constexpr(8)  # neighbours in a sample
+SIEVED_AGAIN = tl.constexpr(3)  # looks that a sample is worth
 
 
 @triton.jit
@@ -112,6 +115,52 @@ def mark(
 
 
 @triton.jit
+def first_tiles(
+    fresh,
+    end,
+    p_scores,  # one head of the score cache
+    p_table,
+    stride_block,
+    PAGE: tl.constexpr,
+    POOLING: tl.constexpr,
+    ROOM: tl.constexpr,
+    GROUP: tl.constexpr = WORD,
+):
+    """The first two tiles of scores that ``sieve`` looks at, and the blocks of the next two.
+
+    Whoever has something else to do first asks for them before.
+    """
+    GROUPS: tl.constexpr = ROOM // GROUP
+    whole = end // GROUP
+    o_a = fresh // GROUP + tl.arange(0, GROUPS)
+    o_b = o_a + GROUPS
+    b_block_a = load_blocks(o_a, whole, p_table, PAGE, POOLING)
+    b_block_b = load_blocks(o_b, whole, p_table, PAGE, POOLING)
+    b_za = load_groups(o_a, whole, b_block_a, p_scores, p_table, stride_block, PAGE, POOLING)
+    b_zb = load_groups(o_b, whole, b_block_b, p_scores, p_table, stride_block, PAGE, POOLING)
+    b_block_a = load_blocks(o_a + 2 * GROUPS, whole, p_table, PAGE, POOLING)
+    b_block_b = load_blocks(o_b + 2 * GROUPS, whole, p_table, PAGE, POOLING)
+    return b_za, b_zb, b_block_a, b_block_b
+
+
+@triton.jit
+def low_bits(count):
+    """int32 whose lowest ``count`` bits, 0 to 32, are set."""
+    b_bits = (tl.full(count.shape, 1, tl.int32) << tl.minimum(count, 31)) - 1
+    return tl.where(count >= 32, -1, b_bits)
+
+
+@triton.jit
+def bits_set(b_word):
+    """How many bits of int32 are set."""
+    b_count = b_word - ((b_word >> 1) & 0x55555555)
+    b_count = (b_count & 0x33333333) + ((b_count >> 2) & 0x33333333)
+    b_count = (b_count + (b_count >> 4)) & 0x0F0F0F0F
+    b_count += b_count >> 8
+    return (b_count + (b_count >> 16)) & 0x3F
+
+
+@triton.jit
 def sieve(
     lowest,
     fresh,
@@ -120,7 +169,11 @@ def sieve(
     p_table,
     stride_block,
     p_room,  # [ROOM] int32, written
-    p_words,  # int16, one a group, written
+    p_words,  # int32, one two groups, written
+    b_za,  # these and the next three from ``first_tiles``
+    b_zb,
+    b_block_a,
+    b_block_b,
     PAGE: tl.constexpr,
     POOLING: tl.constexpr,
     ROOM: tl.constexpr,
@@ -135,11 +188,12 @@ def sieve(
         how many there are; no more than ROOM are written.
     """
     GROUPS: tl.constexpr = ROOM // GROUP
+    PAIR: tl.constexpr = 2 * GROUP
     first = fresh // GROUP
-    last = (end + GROUP - 1) // GROUP
     whole = end // GROUP
-    p_word = p_words - first
-    if whole < last:
+    p_pair = p_words - fresh // PAIR
+    p_word = p_words.to(tl.pointer_type(tl.int16), bitcast=True) - fresh // PAIR * 2
+    if whole * GROUP < end:
         # the last group does not compete as a whole, and may end where the scores do
         o_c = tl.arange(0, GROUP)
         o_u = whole * GROUP + o_c
@@ -150,14 +204,6 @@ def sieve(
         tail = tl.sum(tl.where((o_u < end) & (b_tail >= lowest), b_bit, 0), 0)
         tl.store(p_word + whole, tail.to(tl.int16))
     at = first
-    o_a = first + tl.arange(0, GROUPS)
-    o_b = o_a + GROUPS
-    b_block = load_blocks(o_a, whole, p_table, PAGE, POOLING)
-    b_za = load_groups(o_a, whole, b_block, p_scores, p_table, stride_block, PAGE, POOLING)
-    b_block = load_blocks(o_b, whole, p_table, PAGE, POOLING)
-    b_zb = load_groups(o_b, whole, b_block, p_scores, p_table, stride_block, PAGE, POOLING)
-    b_block_a = load_blocks(o_a + 2 * GROUPS, whole, p_table, PAGE, POOLING)
-    b_block_b = load_blocks(o_b + 2 * GROUPS, whole, p_table, PAGE, POOLING)
     while at < whole:
         o_a = at + tl.arange(0, GROUPS)
         mark(b_za, o_a, lowest, whole, p_word)
@@ -173,24 +219,22 @@ def sieve(
     # what one thread wrote, another reads
     tl.debug_barrier()
     count = end * 0
-    for start in range(first, last, ROOM // 2):
+    pairs = (end + PAIR - 1) // PAIR
+    for start in range(fresh // PAIR, pairs, ROOM // 2):
         o_g = start + tl.arange(0, ROOM // 2)
-        b_word = tl.load(p_word + o_g, mask=o_g < last, other=0).to(tl.int32)
-        # of the first and the last group, not all compete
-        b_below = tl.minimum(tl.maximum(fresh - o_g * GROUP, 0), GROUP)
-        b_upto = tl.minimum(tl.maximum(end - o_g * GROUP, 0), GROUP)
-        b_one = tl.full([ROOM // 2], 1, tl.int32)
-        b_word &= (b_one << b_upto) - (b_one << tl.minimum(b_below, b_upto))
-        b_count = b_word - ((b_word >> 1) & 0x5555)
-        b_count = (b_count & 0x3333) + ((b_count >> 2) & 0x3333)
-        b_count = (b_count + (b_count >> 4)) & 0x0F0F
-        b_count = (b_count + (b_count >> 8)) & 0x1F
+        b_word = tl.load(p_pair + o_g, mask=o_g < pairs, other=0)
+        # of the first and the last pair, not all compete, and not all was written
+        b_below = tl.minimum(tl.maximum(fresh - o_g * PAIR, 0), PAIR)
+        b_upto = tl.minimum(tl.maximum(end - o_g * PAIR, 0), PAIR)
+        b_word &= low_bits(b_upto) & ~low_bits(b_below)
+        b_count = bits_set(b_word)
         o_slot = count + tl.cumsum(b_count, 0) - b_count
         count += tl.sum(b_count, 0)
         for _ in range(0, tl.max(b_count, 0)):
             # the exponent of a power of two is the place of its bit
             b_lowest = (b_word & -b_word).to(tl.float32).to(tl.int32, bitcast=True)
-            o_u = o_g * GROUP + (b_lowest >> 23) - 127
+            b_bit = ((b_lowest >> 23) & 0xFF) - 127
+            o_u = o_g * PAIR + b_bit
             tl.store(p_room + o_slot, o_u, mask=(b_word != 0) & (o_slot < ROOM))
             o_slot += 1
             b_word &= b_word - 1
@@ -220,9 +264,10 @@ def sift(
     """Writes units of a stream to ``p_room``, ascending: among them are the best ``keep``.
 
     A sample of the stream says which scores cannot be among the best, so that one look at
-    the others mostly leaves fewer than BLOCK. Where more are left, all are looked at again, and
-    all but the best thrown out on the way; where too few, the sample was not like the rest, and
-    it counts no more. ``keep`` is at most BLOCK / 2, and the stream longer than BLOCK.
+    the others mostly leaves fewer than BLOCK. Where more are left, or too few, the sample was not
+    like the rest: what is left tells by how much, and another look is taken. In the end all but the
+    best are thrown out on the way through the stream. ``keep`` is at most BLOCK / 2, and the
+    stream longer than BLOCK.
 
     Returns:
         how many were written.
@@ -232,23 +277,42 @@ def sift(
         WORDS > 0 and (UNIT == 1 or POOLING == "none") and (POOLING == "none" or PAGE % 16 == 0)
     )
     o_b = tl.arange(0, STEP)
-    o_s = o_b * (length // STEP)
+    # a few neighbours at a time: memory does not deliver less
+    TOGETHER: tl.constexpr = SAMPLED if STEP >= SAMPLED else 1
+    o_s = o_b // TOGETHER * (length // (STEP // TOGETHER)) + o_b % TOGETHER
     o_u, m_u = streamed_units(o_s, p_list, listed, fresh, end, LISTED)
     _z, b_key = load_keys(o_u, m_u, p_scores, p_table, stride_block, PAGE, UNIT, POOLING, STEP)
-    # as far from too few as from too many
-    aim = tl.sqrt((keep * BLOCK).to(tl.float32)) / length.to(tl.float32)
-    rank = tl.maximum((aim * STEP).to(tl.int32), 1)
-    lowest, _ = best_of_tile(b_key, rank)
+    # as far from too few as from too many; if the sample is large enough, few enough for a tile of
+    # half the size
+    aim = tl.sqrt((keep * BLOCK).to(tl.float32))
+    aim = tl.where(length <= 16 * BLOCK, tl.minimum(aim, 0.4 * BLOCK), aim)
+    rank = tl.maximum((aim / length.to(tl.float32) * STEP).to(tl.int32), 1)
+    count = keep * 0
+    found = keep * 0
+    lowest = tl.full([], 0, tl.uint32)
+    if SIEVED and listed == 0:
+        tries = keep * 0
+        while (tries < SIEVED_AGAIN) & ((found < keep) | (found > BLOCK)):
+            # on their way while the sample is searched
+            b_za, b_zb, b_block_a, b_block_b = first_tiles(
+                fresh, end, p_scores, p_table, stride_block, PAGE, POOLING, BLOCK
+            )
+            lowest, _ = best_of_tile(b_key, rank, rank // 16)
+            found = sieve(
+                key_value(lowest), fresh, end, p_scores, p_table, stride_block, p_room,
+                p_room + BLOCK, b_za, b_zb, b_block_a, b_block_b, PAGE, POOLING, BLOCK,
+            )  # fmt: skip
+            # what is left tells how far off the sample was
+            rank = (rank.to(tl.float32) * aim / tl.maximum(found, 1).to(tl.float32)).to(tl.int32)
+            rank = tl.minimum(tl.maximum(rank, 1), STEP)
+            tries += 1
+        count = tl.where(found > BLOCK, 0, found)
+    else:
+        lowest, _ = best_of_tile(b_key, rank, rank // 16)
+        found = keep
     # only keys above it are candidates
     floor = tl.maximum(lowest, tl.full([], 1, tl.uint32)) - 1
-    count = keep * 0
-    if SIEVED and listed == 0:
-        found = sieve(
-            key_value(lowest), fresh, end, p_scores, p_table, stride_block, p_room,
-            (p_room + BLOCK).to(tl.pointer_type(tl.int16), bitcast=True), PAGE, POOLING, BLOCK,
-        )  # fmt: skip
-        floor = tl.where(found < keep, 0, floor).to(tl.uint32)
-        count = tl.where(found > BLOCK, 0, found)
+    floor = tl.where(found < keep, 0, floor).to(tl.uint32)
     while count < keep:
         count = keep * 0
         if LISTED:
@@ -300,9 +364,10 @@ def fold_best(
 ):
     """The best ``keep`` units of a stream, which holds those of ``low``..``end``; padded with -1.
 
-    A stream longer than ROOM is sifted first; none is longer than BLOCK where ROOM is 0.
-    ``p_list`` may be ``p_units``.
+    A stream longer than ROOM is sifted first; none is longer than BLOCK where ROOM is 0. Pages are
+    all pooled instead, if there are no more of them than WORDS. ``p_list`` may be ``p_units``.
     """
+    PAGES: tl.constexpr = UNIT > 1 and POOLING != "none"
     length = listed + end - fresh
     written = keep
     if keep == end - low:
@@ -312,6 +377,13 @@ def fold_best(
             keep, p_list, listed, fresh, end, p_scores, p_table, stride_block, p_units, PAGE, UNIT,
             POOLING, LISTED, BLOCK,
         )  # fmt: skip
+    elif PAGES and WORDS > 0:
+        p_pooled = (p_room + ROOM).to(tl.pointer_type(tl.float32), bitcast=True)
+        pool_all(low, end, p_scores, p_table, stride_block, p_pooled, PAGE, UNIT, POOLING)
+        written, _ = best_of(
+            keep, p_list, 0, low, end, p_pooled - low, p_table, stride_block, p_units, PAGE, UNIT,
+            "none", False, WORDS,
+        )  # fmt: skip
     else:
         if length > ROOM:
             listed = sift(
@@ -320,8 +392,16 @@ def fold_best(
             )  # fmt: skip
             p_list = p_room
             fresh = end
-        written, _ = best_of(
-            keep, p_list, listed, fresh, end, p_scores, p_table, stride_block, p_units, PAGE, UNIT,
-            POOLING, True, ROOM,
-        )  # fmt: skip
+            length = listed
+        # what was sifted mostly fits the smaller tile
+        if length <= BLOCK:
+            written, _ = best_of(
+                keep, p_list, listed, fresh, end, p_scores, p_table, stride_block, p_units, PAGE,
+                UNIT, POOLING, True, BLOCK,
+            )  # fmt: skip
+        else:
+            written, _ = best_of(
+                keep, p_list, listed, fresh, end, p_scores, p_table, stride_block, p_units, PAGE,
+                UNIT, POOLING, True, ROOM,
+            )  # fmt: skip
     write_padding(written, max_units, p_units, p_units, False, BLOCK)

@@ -21,8 +21,9 @@ from vllm_sparsek.kernels.common.device import (
 )
 from vllm_sparsek.kernels.select import expiry
 from vllm_sparsek.kernels.select.chunk import ChunkBases
-from vllm_sparsek.kernels.select.device import POOL_CHUNK, pool_pages, radix_best
+from vllm_sparsek.kernels.select.device import radix_best
 from vllm_sparsek.kernels.select.memo import SelectionMemo
+from vllm_sparsek.kernels.select.pooling import POOL_CHUNK, pool_pages
 from vllm_sparsek.kernels.select.sifting import fold_best
 
 TOKEN_BLOCK = 4096  # token scores per tile, at least
@@ -33,6 +34,8 @@ PAGE_BLOCK = 128
 PAGE_WARPS = 4
 PAGE_FOLD_BLOCK = 256
 MAX_FOLD_PAGES = 512
+MOST_POOLED = 16384  # pages of a context that are all pooled, with so many warps
+POOL_WARPS = 16
 LEAST_BLOCK = 256  # of scores: smaller tiles would only be more compilations
 PER_THREAD = 16  # scores of a tile that a thread holds
 # scores that there is at least room to sieve: every other size is a compilation, which a server
@@ -313,6 +316,10 @@ def _tile(
     if longest is not None and not pages and not based:
         # int32 that hold words of 16 scores, two each
         words = max(LEAST_SIEVED, triton.next_power_of_2(longest)) // 32 + 16
+    if longest is not None and pages and longest <= MOST_POOLED:
+        # scores of pages, one each
+        words = triton.next_power_of_2(longest)
+        options["num_warps"] = POOL_WARPS
     return {"FOLD": True, "BLOCK": block, "ROOM": room, "WORDS": words}, options
 
 
