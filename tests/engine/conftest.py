@@ -26,14 +26,12 @@ def run_engine(llm: dict[str, Any], calls: list[dict[str, Any]], **env: str) -> 
     return json.loads(lines[-1][len("RESULT ") :])
 
 
-@pytest.fixture(scope="session")
-def base_llm(model_dir: str) -> dict[str, Any]:
+def shared_llm() -> dict[str, Any]:
     """Arguments every engine shares; float32 on the CPU, where greedy tokens must be equal."""
     import torch
 
     cuda = torch.cuda.is_available()
     return {
-        "model": model_dir,
         "dtype": "float16" if cuda else "float32",
         "max_model_len": 2048,
         "max_num_seqs": 8,
@@ -41,6 +39,12 @@ def base_llm(model_dir: str) -> dict[str, Any]:
         "enforce_eager": not cuda,
         "seed": 0,
     }
+
+
+@pytest.fixture(scope="session")
+def base_llm(model_dir: str) -> dict[str, Any]:
+    """Arguments of the engines of the small real model."""
+    return {"model": model_dir, **shared_llm()}
 
 
 @pytest.fixture(scope="session")
@@ -55,14 +59,19 @@ def prompts(model_dir: str, long_text: str) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def engine(base_llm: dict[str, Any]) -> Callable[..., dict[str, Any]]:
-    """``engine(calls, sparsek=None | {...}, **llm arguments)``, cached by its arguments."""
+def engine(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
+    """``engine(calls, sparsek=None | {...}, **llm arguments)``, cached by its arguments.
+
+    The real model is there for those alone who name no other.
+    """
     cache: dict[str, dict[str, Any]] = {}
 
     def start(
         calls: list[dict[str, Any]], sparsek: dict[str, Any] | None = None, **llm: Any
     ) -> dict[str, Any]:
-        arguments = {**base_llm, **llm}
+        if "model" not in llm:
+            llm["model"] = request.getfixturevalue("model_dir")
+        arguments = {**shared_llm(), **llm}
         if sparsek is not None:
             arguments["attention_backend"] = "sparsek"
             arguments["additional_config"] = {"sparsek": sparsek}

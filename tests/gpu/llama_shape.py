@@ -38,6 +38,7 @@ PREFILL = "+prefill"
 # that 1 % of a step is several ms of it
 FEW, MANY, MANY_SHORT = 8, 72, 136
 SHORT_CONTEXT = 8192
+REPEATS = 4
 
 
 def prompt(seed: int, length: int) -> dict[str, Any]:
@@ -80,7 +81,10 @@ def random_scorer(folder: str) -> str:
 
 
 def mixed_steps(llm: Any, rows: int, context: int, long: int) -> dict[str, float]:
-    """Median ms of a step of ``rows`` decoding requests, alone and with chunks of a long prompt."""
+    """Steps of ``rows`` decoding requests, alone and until a long prompt beside them is read.
+
+    Some steps beside it hold a chunk and some do not: their median is either's.
+    """
     from vllm import SamplingParams
 
     engine = llm.llm_engine
@@ -115,6 +119,7 @@ def mixed_steps(llm: Any, rows: int, context: int, long: int) -> dict[str, float
         "mixed_chunk_ms": median(beside[1:]),
         "mixed_longest_ms": max(beside),
         "mixed_chunks": len(beside),
+        "mixed_long_s": sum(beside) / 1e3,
     }
 
 
@@ -189,9 +194,9 @@ def main(backend: str, out: Path, settings: dict[str, Any], more: dict[str, Any]
         seen[name] = seen.get(name, 0) + 1
         key = name if seen[name] == 1 else f"{name}_again_{seen[name] - 1}"
         # the prompts are cached but for a last block; the first run is not timed
-        many, repeats = (MANY_SHORT, 4) if context <= SHORT_CONTEXT else (MANY, 2)
+        many = MANY_SHORT if context <= SHORT_CONTEXT else MANY
         run(prompts, 2)
-        runs = [[run(prompts, n) for n in (FEW, many)] for _ in range(repeats)]
+        runs = [[run(prompts, n) for n in (FEW, many)] for _ in range(REPEATS)]
         brief, lengthy = ([pair[i][1] for pair in runs] for i in range(2))
         result[f"decode_ms_{key}"] = (min(lengthy) - min(brief)) / (many - FEW) * 1e3
         # of every pair: how far one measurement is to be trusted
