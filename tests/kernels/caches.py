@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from vllm_sparsek.kernels.common.budget import Budget
+from vllm_sparsek.kernels.select import api as select_api
 from vllm_sparsek.kernels.select import reference as select_reference
+from vllm_sparsek.kernels.select.memo import SelectionMemo
 
 NAN = float("nan")
 
@@ -152,6 +155,38 @@ def chosen(
     return select_reference.select(
         paged.scores, paged.block_table, row, position, budget, "lse", soft
     )
+
+
+def kept_lists(
+    unit: int, pooling: str, high: float, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Lists of long and short contexts that the kernel makes and refreshes, and the reference's.
+
+    Args:
+        unit, pooling: of the selection, from pages of 16.
+        high: is added to the scores of 400 neighbours in every 4,099 tokens of the cache.
+        device: the kernel's.
+    """
+    paged = build([20000, 300], 2, 8, 16)
+    tokens = torch.arange(paged.scores.shape[0] * 16).view(-1, 1, 16)
+    paged.scores += high * (tokens % 4099 < 400)
+    there = paged.to(device)
+    budget = Budget(1024, 16, 4, 16, unit)
+    shape = (2, 2, budget.max_units(20000))
+    got = torch.full(shape, 77, dtype=torch.int32, device=device)
+    stamps = torch.full((2, 2, 4), -2, dtype=torch.int32, device=device)
+    memo = SelectionMemo(stamps, torch.zeros(1, dtype=torch.int32, device=device))
+    for last in (19951, 19952):
+        row, position = items_of([(0, last), (1, 280)])
+        expected, _ = select_reference.select(
+            paged.scores, paged.block_table, row, position, budget, pooling, max_units=shape[2]
+        )
+        memo.step.add_(1)
+        select_api.select(
+            there.scores, there.block_table, row.to(device), position.to(device), budget, pooling,
+            False, got, impl="triton", memo=memo,
+        )  # fmt: skip
+        yield got.cpu(), expected
 
 
 def assert_within_twice(

@@ -11,7 +11,7 @@ from typing import Any
 
 import test_write
 import torch
-from caches import NAN, build, chosen, items_of, paged_view, quantised, slots
+from caches import NAN, build, chosen, items_of, kept_lists, paged_view, quantised, slots
 
 from vllm_sparsek import attention_forward, compat
 from vllm_sparsek.kernels.bounds import api as bounds_api
@@ -124,6 +124,12 @@ def walk(heads: int, page: int, pooling: str, budget: Budget, levels: int | None
     compare(f"select by a walk {label}", got, units, 0)
 
 
+def kept(unit: int, pooling: str, high: float) -> None:
+    """Lists that are kept, of a context that fits no tile; see ``kept_lists``."""
+    for step, (got, expected) in enumerate(kept_lists(unit, pooling, high, DEVICE)):
+        compare(f"select a list that is kept {unit=} {pooling} {high=} {step=}", got, expected, 0)
+
+
 def hopper_fits(*arguments: Any) -> bool:
     """Whether the prefill kernel for Hopper runs here and takes what ``fits`` is given."""
     if compute_capability(DEVICE) != 90:
@@ -234,6 +240,9 @@ def main() -> int:
     walk(5, 16, "max", Budget(64, 20, 0, 16, 16), levels=2)
     walk(3, 48, "lse", Budget(96, 33, 40, 64, 48))
     walk(3, 16, "mean", Budget(1, 16, 5, 1, 16).with_heads([(40, None), (3, None), (300, None)]))
+    kept(1, "lse", 0.0)
+    kept(1, "lse", 9.0)
+    kept(16, "max", 0.0)
     attention(128, 16, 4, Budget(64, 16, 4, 1), False)
     attention(128, 16, 4, Budget(64, 16, 4, 64, 16), False)
     # more kept than there is: the kernel for Hopper takes its larger tiles

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from caches import build, chosen, items_of
+from caches import build, chosen, items_of, kept_lists
 
 from vllm_sparsek.kernels.common.budget import Budget
 from vllm_sparsek.kernels.select import api
@@ -121,6 +121,14 @@ def test_pages_that_fit_no_tile_are_sifted_or_pooled_for_a_list_that_is_kept(
         steps.position[:] = torch.tensor([length, 130])
         expected, _ = chosen(host.paged, steps.row, steps.position, budget, False)
         assert torch.equal(steps.run(step, mark=False), expected)
+
+
+@pytest.mark.parametrize(
+    "unit, pooling, high", [(1, "lse", 0.0), (1, "lse", 9.0), (16, "max", 0.0), (16, "lse", 9.0)]
+)
+def test_lists_of_long_contexts_are_sifted_with_the_tiles_of_a_server(unit, pooling, high, device):
+    for got, expected in kept_lists(unit, pooling, high, device):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize(
