@@ -158,25 +158,26 @@ def chosen(
 
 
 def kept_lists(
-    unit: int, pooling: str, high: float, device: torch.device
+    page: int, unit: int, pooling: str, high: float, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Lists of long and short contexts that the kernel makes and refreshes, and the reference's.
 
     Args:
-        unit, pooling: of the selection, from pages of 16.
+        page, unit, pooling: of the selection, from 1,250 pages.
         high: is added to the scores of 400 neighbours in every 4,099 tokens of the cache.
         device: the kernel's.
     """
-    paged = build([20000, 300], 2, 8, 16)
-    tokens = torch.arange(paged.scores.shape[0] * 16).view(-1, 1, 16)
+    length = 1250 * page
+    paged = build([length, 300], 2, 8, page)
+    tokens = torch.arange(paged.scores.shape[0] * page).view(-1, 1, page)
     paged.scores += high * (tokens % 4099 < 400)
     there = paged.to(device)
     budget = Budget(1024, 16, 4, 16, unit)
-    shape = (2, 2, budget.max_units(20000))
+    shape = (2, 2, budget.max_units(length))
     got = torch.full(shape, 77, dtype=torch.int32, device=device)
     stamps = torch.full((2, 2, 4), -2, dtype=torch.int32, device=device)
     memo = SelectionMemo(stamps, torch.zeros(1, dtype=torch.int32, device=device))
-    for last in (19951, 19952):
+    for last in (length - 49, length - 48):
         row, position = items_of([(0, last), (1, 280)])
         expected, _ = select_reference.select(
             paged.scores, paged.block_table, row, position, budget, pooling, max_units=shape[2]

@@ -126,7 +126,7 @@ def walk(heads: int, page: int, pooling: str, budget: Budget, levels: int | None
 
 def kept(unit: int, pooling: str, high: float) -> None:
     """Lists that are kept, of a context that fits no tile; see ``kept_lists``."""
-    for step, (got, expected) in enumerate(kept_lists(unit, pooling, high, DEVICE)):
+    for step, (got, expected) in enumerate(kept_lists(16, unit, pooling, high, DEVICE)):
         compare(f"select a list that is kept {unit=} {pooling} {high=} {step=}", got, expected, 0)
 
 

@@ -124,34 +124,23 @@ def test_pages_that_fit_no_tile_are_sifted_or_pooled_for_a_list_that_is_kept(
 
 
 @pytest.mark.parametrize(
-    "unit, pooling, high", [(1, "lse", 0.0), (1, "lse", 9.0), (16, "max", 0.0), (16, "lse", 9.0)]
+    "page, unit, pooling, high",
+    [
+        (16, 1, "lse", 0.0),
+        (16, 1, "lse", 9.0),
+        (16, 16, "max", 0.0),
+        (16, 16, "lse", 0.0),
+        (16, 16, "lse", 9.0),
+        (16, 16, "mean", 0.0),
+        (32, 32, "max", 0.0),
+        (32, 32, "lse", 0.0),
+    ],
 )
-def test_lists_of_long_contexts_are_sifted_with_the_tiles_of_a_server(unit, pooling, high, device):
-    for got, expected in kept_lists(unit, pooling, high, device):
+def test_lists_of_long_contexts_are_made_with_the_tiles_of_a_server(
+    page, unit, pooling, high, device
+):
+    for got, expected in kept_lists(page, unit, pooling, high, device):
         assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize(
-    "page, pooling", [(16, "lse"), (16, "mean"), (32, "max"), (32, "lse"), (16, "max")]
-)
-def test_lists_begin_with_all_pages_of_long_contexts(page, pooling, device):
-    lengths = [1100 * page, 2 * page]
-    paged = build(lengths, 1, 8, page)
-    row, position = items_of([(r, n - 1) for r, n in enumerate(lengths)])
-    budget = Budget(k=9 * page, window=16, sinks=3, refresh=16, unit=page)
-    shape = (2, 1, budget.max_units(lengths[0]))
-    expected = torch.empty(shape, dtype=torch.int32)
-    arguments = (paged.scores, paged.block_table, row, position, budget, pooling, False)
-    api.select(*arguments, expected, impl="reference")
-    units = torch.full(shape, MARK, dtype=torch.int32, device=device)
-    stamps = torch.full((2, 1, 4), -2, dtype=torch.int32, device=device)
-    memo = SelectionMemo(stamps, torch.ones(1, dtype=torch.int32, device=device))
-    paged = paged.to(device)
-    arguments = (
-        paged.scores, paged.block_table, row.to(device), position.to(device), *arguments[4:],
-    )  # fmt: skip
-    api.select(*arguments, units, impl="triton", memo=memo)
-    assert torch.equal(units.cpu(), expected)
 
 
 def test_gates_are_made_anew_at_every_refresh(device):

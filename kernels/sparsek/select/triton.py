@@ -23,7 +23,7 @@ from vllm_sparsek.kernels.select import expiry
 from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.kernels.select.device import radix_best
 from vllm_sparsek.kernels.select.memo import SelectionMemo
-from vllm_sparsek.kernels.select.pooling import POOL_CHUNK, pool_pages
+from vllm_sparsek.kernels.select.pooling import page_blocks, page_chunk, pool_pages
 from vllm_sparsek.kernels.select.sifting import fold_best
 
 TOKEN_BLOCK = 4096  # token scores per tile, at least
@@ -266,12 +266,9 @@ def pool_fwd_kernel(
     for at in range(begin + i_t * UNITS, end, tl.num_programs(2) * UNITS):
         o_u = at + o_b % UNITS
         m_u = (o_u < end) & (o_h < heads)
-        if PAGE == 0:
-            o_score = tl.load(p_table).to(tl.int64) * stride_score_block + o_u * UNIT
-        else:
-            o_score = tl.load(p_table + o_u, mask=m_u, other=0).to(tl.int64) * stride_score_block
-        p_page = scores_ptr + (o_score + o_head)[:, None] + tl.arange(0, POOL_CHUNK)[None, :]
-        b_z = pool_pages(p_page, m_u, UNIT, POOLING, UNITS * HEADS)
+        b_block = page_blocks(o_u, m_u, p_table, PAGE)
+        p_page = page_chunk(o_u, b_block, scores_ptr, p_table, stride_score_block, PAGE, UNIT)
+        b_z = pool_pages(p_page + o_head[:, None], m_u, UNIT, POOLING, UNITS * HEADS)
         tl.store(p_pooled + o_h * stride_pooled_head + o_u, b_z, mask=m_u)
 
 
