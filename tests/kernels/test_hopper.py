@@ -34,6 +34,9 @@ CASES = {
     "r256-page": (F16, 1, 1, 128, 16, [(0, 512, 513)], Budget(256, 128, 16, 256, 16), False),
     "r64-g5-odd-heads": (BF16, 3, 5, 64, 32, [(0, 100, 201)], Budget(64, 33, 5, 64), False),
     "a-chunk-within-a-block": (F16, 1, 4, 128, 16, [(0, 900, 7)], Budget(400, 65, 0, 64), False),
+    # the second tile of queries has rows for one group of warps alone
+    "r192-mha": (F16, 2, 1, 128, 16, [(0, 700, 600)], Budget(512, 65, 3, 192), False),
+    "r192-long": (F16, 2, 1, 128, 16, [(0, 2100, 300)], Budget(1700, 65, 3, 192), False),
     "long-lists": (BF16, 1, 4, 128, 16, [(0, 2200, 140)], Budget(1700, 65, 3, 64), False),
     "long-lists-page": (F16, 2, 1, 128, 16, [(0, 2100, 300)], Budget(1600, 64, 0, 128, 16), False),
     "many-tiles-a-program": (F16, 6, 2, 64, 16, [(0, 0, 2500)], Budget(96, 65, 3, 64), False),

@@ -34,7 +34,7 @@ BLOCK_M = WARPGROUP_ROWS * CONSUMERS
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 ALIGNMENT = 16  # elements: what strides are a multiple of, so that 16 bytes are copied at a time
-LONG_LIST = 1536  # tokens from which tiles of 128 keys pay
+LONG_LIST = 1024  # tokens from which tiles of 128 keys pay
 STAGE_BYTES = 1 << 17  # of shared memory for keys and values
 TILES_BLOCK, TILES_WARPS = 128, 4  # of ``tiles_fwd_kernel``
 

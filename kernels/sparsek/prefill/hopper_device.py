@@ -1,9 +1,10 @@
 """Device code of prefill on Hopper, in Gluon: warps that copy, and two groups that multiply.
 
 A program is resident and takes tiles of queries in turn. Four warps copy what a tile reads into
-shared memory, a few tiles of keys ahead and on into the next tile of queries; two groups of four,
-each with half of the rows, multiply and exponentiate out of step. What a tile is about they find in
-a plan that ``tiles_fwd_kernel`` made, so that none of them divides.
+shared memory, a few tiles of keys ahead and on into the next tile of queries, and store its
+results; two groups of four, each with half of the rows, multiply and exponentiate, one mostly while
+the other does the other. What a tile is about they find in a plan that ``tiles_fwd_kernel`` made,
+so that none of them divides.
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ def load_products(plan_ptr, tile, tiles):
     p = plan_ptr + gl.minimum(tile, tiles - 1) * FIELDS
     steps = gl.where(tile < tiles, gl.load(p + 11), 0)
     return (
-        gl.load(p + 1), gl.load(p + 2), gl.load(p + 3), gl.load(p + 4), gl.load(p + 5),
-        gl.load(p + 6), gl.load(p + 7), gl.load(p + 8), gl.load(p + 9), steps,
+        gl.load(p + 2), gl.load(p + 4), gl.load(p + 6), gl.load(p + 7), gl.load(p + 8),
+        gl.load(p + 9), steps,
     )  # fmt: skip
 
 
@@ -152,16 +153,36 @@ def block_at(o_pos, p_table, PAGE: gl.constexpr):
 
 
 @gluon.jit
+def store_results(
+    out_ptr, held, q_smem, at, stride_out, LAYOUT: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
+    ROWS: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
+    """Stores the results of a tile that lie in place ``at``; none of a tile without queries."""
+    row, i_h, low, query_start, queries = held
+    stride_row, stride_token, stride_head = stride_out
+    o_r = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    p_out = out_ptr + row.to(gl.int64) * stride_row
+    for c in gl.static_range(GROUPS):
+        o_m = low + c * ROWS + o_r
+        i_t = query_start.to(gl.int64) + o_m // G
+        o_out = i_t * stride_token + (i_h * G + o_m % G).to(gl.int64) * stride_head
+        b_out = q_smem.index(at * GROUPS + c).load(LAYOUT)
+        m_out = ((o_m // G < queries)[:, None]) & (o_d < D)[None, :]
+        gl.store(p_out + o_out[:, None] + o_d[None, :], b_out, mask=m_out)
+
+
+@gluon.jit
 def produce(
-    q_ptr, k_ptr, v_ptr, table_ptr, units_ptr, plan_ptr, tiles, smem, lists, strides,
-    G: gl.constexpr, D: gl.constexpr, UNIT: gl.constexpr, PAGE: gl.constexpr,
+    q_ptr, k_ptr, v_ptr, table_ptr, units_ptr, plan_ptr, out_ptr, tiles, smem, lists, strides,
+    stride_out, G: gl.constexpr, D: gl.constexpr, UNIT: gl.constexpr, PAGE: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values of this program's tiles, in the order in which they are read.
 
     The values of one tile of keys come with the keys of the next, as they are read. Kept units are
     loaded three tiles of keys ahead and blocks two, those of the next tile of queries when one
-    begins and ends.
+    begins and ends. Results lie where a tile's queries lay: they are stored before others come.
     """
     q_smem, k_smem, v_smem, q_full, q_empty, full, empty = smem
     per_block, stride_table_row, stride_units_item, stride_units_head = lists
@@ -189,6 +210,10 @@ def produce(
     b_block_1 = block_at(o_pos_1, p_table, PAGE)
     b_before = gl.zeros([BLOCK_N], gl.int64, flat)
     p_v = v_ptr
+    # the last two tiles, the older one first: their results are still to be stored
+    older = (0 * row, 0 * i_h, 0 * low, 0 * query_start, 0 * queries)
+    # not the same values: what a loop sets to values that it began with is not carried
+    newer = (0 * row, 0 * i_h, 0 * low, 0 * query_start, 0 * queries)
     done = 0  # tiles of queries
     step = 0  # tiles of keys
     for tile in range(first, tiles, apart):
@@ -199,6 +224,11 @@ def produce(
         if steps > 0:
             at = done % 2
             mbarrier.wait(q_empty.index(at), (done // 2 + 1) & 1)
+            store_results(
+                out_ptr, older, q_smem, at, stride_out, layout, G, D, ROWS, GROUPS
+            )  # fmt: skip
+            older = newer
+            newer = (row, i_h, low, query_start, queries)
             p_q = q_ptr + row.to(gl.int64) * stride_q_row
             for c in gl.static_range(GROUPS):
                 o_m = low + c * ROWS + o_r
@@ -252,86 +282,87 @@ def produce(
         b_rows = gl.convert_layout(b_before, gl.SliceLayout(1, layout))
         copy_to_shared(v_smem.index(stage), (p_v + o_d)[None, :] + b_rows[:, None])
         async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+    if done > 1:
+        mbarrier.wait(q_empty.index(done % 2), (done // 2 + 1) & 1)
+        store_results(out_ptr, older, q_smem, done % 2, stride_out, layout, G, D, ROWS, GROUPS)
+    if done > 0:
+        at = (done - 1) % 2
+        mbarrier.wait(q_empty.index(at), ((done - 1) // 2) & 1)
+        store_results(out_ptr, newer, q_smem, at, stride_out, layout, G, D, ROWS, GROUPS)
 
 
 @gluon.jit
-def softmax_of(
+def weigh(
     b_s,  # [M, N] products
     b_m,  # [M] running maximum, times scale_log2
-    b_l,  # [M]
+    b_l,  # [M, 8] running sums: of every eighth weight, so that threads need not tell each other
+    b_acc,  # [M, D]
     scale_log2,
+    P_LAYOUT: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):
-    """One step of the running softmax: weights, the correction of earlier sums, maximum, sum."""
-    b_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
+    """One step of the running softmax.
+
+    Returns:
+        weights as the operand of a product, the maximum, and both sums, corrected for it.
+    """
+    shape: gl.constexpr = [b_s.shape[0], b_s.shape[1] // 8, 8]
+    b_high = gl.convert_layout(gl.max(gl.max(b_s.reshape(shape), 1), 1), b_m.type.layout)
+    b_new = gl.maximum(b_m, b_high * scale_log2)
     # a row that has seen nothing keeps -inf, and -inf - -inf is nan
     b_safe = gl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = gl.exp2(b_s * scale_log2 - b_safe[:, None])
+    b_weights = gl.exp2(b_s * scale_log2 - b_safe[:, None])
     b_alpha = gl.exp2(b_m - b_safe)
-    return b_p, b_alpha, b_new, b_l * b_alpha + gl.sum(b_p, 1)
+    b_sum = gl.sum(b_weights.reshape(shape), 1)
+    b_of_sums = gl.convert_layout(b_alpha, gl.SliceLayout(1, b_sum.type.layout))
+    b_of_acc = gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout))
+    b_p = gl.convert_layout(b_weights.to(DTYPE), P_LAYOUT)
+    return b_p, b_new, b_l * b_of_sums[:, None] + b_sum, b_acc * b_of_acc[:, None]
 
 
 @gluon.jit
-def attend_steps(
-    first, end, step, b_last, q, k_smem, v_smem, full, empty, b_p, b_m, b_l, b_acc, b_zero,
-    scale_log2,
-    MASKED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
-    P_LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Tiles ``first``..``end`` of keys: scores of one while values of the one before are summed."""
-    for j in range(first, end):
+def pass_by(step, steps, full, empty, STAGES: gl.constexpr):
+    """Lets ``steps`` tiles of keys go, as they come, from ``step`` on; returns the step after."""
+    for _ in range(0, steps):
         stage = step % STAGES
+        # not before it is there: the round before may not be over for the others
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        fence_async_shared()
-        b_s = warpgroup_mma(
-            q, k_smem.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=True
-        )
-        b_sum = warpgroup_mma(b_p, v_smem.index(stage), b_acc, is_async=True)
-        b_s = warpgroup_mma_wait(1, deps=(b_s,))
-        if MASKED:
-            o_n = j * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
-            b_s = gl.where(o_n[None, :] <= b_last[:, None], b_s, float("-inf"))
-        b_weights, b_alpha, b_m, b_l = softmax_of(b_s, b_m, b_l, scale_log2)
-        b_acc, b_p = warpgroup_mma_wait(0, deps=(b_sum, b_p))
         mbarrier.arrive(empty.index(stage))
-        b_alpha = gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout))
-        b_acc = b_acc * b_alpha[:, None]
-        b_p = gl.convert_layout(b_weights.to(b_p.dtype), P_LAYOUT)
         step += 1
-    return step, b_p, b_m, b_l, b_acc
+    return step
 
 
 @gluon.jit
 def consume(
-    out_ptr, plan_ptr, tiles, smem, scale_log2, stride_out,
-    C: gl.constexpr, G: gl.constexpr, D: gl.constexpr, UNIT: gl.constexpr, BLOCK_N: gl.constexpr,
+    plan_ptr, tiles, smem, scale_log2,
+    C: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """Rows C * ROWS on of every tile: attention over the list, and the result.
+    """Rows C * ROWS on of every tile: attention over the list, and the result where queries lay.
 
-    The first scores of the next tile are made while the last values of a tile are summed.
+    A step has scores of a tile of keys. It weighs them, sums the values, and makes the scores of
+    the next tile of keys; with a tile's last step, the first of the next tile of queries. While it
+    weighs, the other group multiplies. Code is short: it is read again for every tile.
     """
     q_smem, k_smem, v_smem, q_full, q_empty, full, empty = smem
-    stride_out_row, stride_out_token, stride_out_head = stride_out
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    dtype: gl.constexpr = q_smem.dtype
     b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-    o_r = gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    o_r = gl.arange(0, ROWS, row_layout)
     o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
     apart = gl.num_programs(0)
     tile = gl.program_id(0)
-    i_h, low, row, position, query_start, queries, sinks, kept, window_start, steps = load_products(
-        plan_ptr, tile, tiles
-    )
+    low, position, queries, sinks, kept, window_start, steps = load_products(plan_ptr, tile, tiles)
     while (tile < tiles) & (steps == 0):
         tile += apart
-        i_h, low, row, position, query_start, queries, sinks, kept, window_start, steps = (
-            load_products(plan_ptr, tile, tiles)
+        low, position, queries, sinks, kept, window_start, steps = load_products(
+            plan_ptr, tile, tiles
         )
-    done = 0
-    step = 0
+    done = 0  # tiles of queries
+    step = 0  # tiles of keys
     b_s = b_zero
     if tile < tiles:
         mbarrier.wait(q_full.index(0), 0)
@@ -346,80 +377,77 @@ def consume(
         # what follows
         then = tile + apart
         (
-            then_h, then_low, then_row, then_position, then_start, then_queries, then_sinks,
-            then_kept, then_window, then_steps,
+            then_low, then_position, then_queries, then_sinks, then_kept, then_window, then_steps,
         ) = load_products(plan_ptr, then, tiles)  # fmt: skip
         listed = sinks + kept
-        # this warpgroup's own queries
+        # this warpgroup's own queries, the tiles of keys that it reads, and those that all of its
+        # queries see
         low += C * ROWS
         b_last = last_place(position + (low + o_r) // G, listed, window_start)
         first_query = position + gl.minimum(low // G, queries - 1)
         last_query = position + gl.minimum((low + ROWS - 1) // G, queries - 1)
         plain = (last_place(first_query, listed, window_start) + 1) // BLOCK_N
-        # one less than steps at least
         own = last_place(last_query, listed, window_start) // BLOCK_N + 1
-        middle = gl.maximum(1, gl.minimum(plain, own))
-        q = q_smem.index(done % 2 * GROUPS + C)
-
-        b_s = gl.where(o_n[None, :] <= b_last[:, None], b_s, float("-inf"))
-        b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-        b_l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
-        b_weights, _, b_m, b_l = softmax_of(b_s, b_m, b_l, scale_log2)
-        b_p = gl.convert_layout(b_weights.to(dtype), p_layout)
+        # without queries it only keeps step with the other group
+        begin = gl.where(low < queries * G, 0, steps - 1)
+        own = gl.where(low < queries * G, own, steps)
+        step = pass_by(step, begin, full, empty, STAGES)
+        middle = gl.maximum(begin, gl.minimum(plain, own - 1))
+        now = done % 2 * GROUPS + C
+        q = q_smem.index(now)
+        b_m = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+        b_l = gl.sum(b_zero.reshape([ROWS, BLOCK_N // 8, 8]), 1)
         b_acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-        step, b_p, b_m, b_l, b_acc = attend_steps(
-            1, middle, step, b_last, q, k_smem, v_smem, full, empty, b_p, b_m, b_l, b_acc, b_zero,
-            scale_log2, False, BLOCK_N, STAGES, s_layout, p_layout,
-        )  # fmt: skip
-        step, b_p, b_m, b_l, b_acc = attend_steps(
-            middle, own, step, b_last, q, k_smem, v_smem, full, empty, b_p, b_m, b_l, b_acc, b_zero,
-            scale_log2, True, BLOCK_N, STAGES, s_layout, p_layout,
-        )  # fmt: skip
-        mbarrier.arrive(q_empty.index(done % 2))
-        done += 1
+        for _ in range(begin, middle):
+            b_p, b_m, b_l, b_acc = weigh(b_s, b_m, b_l, b_acc, scale_log2, p_layout, dtype)
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            fence_async_shared()
+            b_sum = warpgroup_mma(b_p, v_smem.index(stage), b_acc, is_async=True)
+            b_next = warpgroup_mma(
+                q, k_smem.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=True
+            )
+            b_acc, b_s, b_p = warpgroup_mma_wait(0, deps=(b_sum, b_next, b_p))
+            mbarrier.arrive(empty.index(stage))
+            step += 1
         while (then < tiles) & (then_steps == 0):
             then += apart
             (
-                then_h, then_low, then_row, then_position, then_start, then_queries, then_sinks,
-                then_kept, then_window, then_steps,
+                then_low, then_position, then_queries, then_sinks, then_kept, then_window,
+                then_steps,
             ) = load_products(plan_ptr, then, tiles)  # fmt: skip
-        if own < steps:
-            # keys that only rows of the other warpgroup see
+        at = (done + 1) % 2
+        for j in range(middle, own):
+            b_room = b_last - j * BLOCK_N
+            b_s = gl.where(o_n[None, :] <= b_room[:, None], b_s, float("-inf"))
+            b_p, b_m, b_l, b_acc = weigh(b_s, b_m, b_l, b_acc, scale_log2, p_layout, dtype)
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             fence_async_shared()
             b_acc = warpgroup_mma(b_p, v_smem.index(stage), b_acc, is_async=False)
+            last = j == own - 1
+            # the last values come with keys that only queries of the other group see, or with the
+            # first of the next tile
+            step = pass_by(step, gl.where(last, steps - own, 0), full, empty, STAGES)
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            mbarrier.wait(q_full.index(at), ((done + 1) // 2) & 1, pred=last & (then < tiles))
+            fence_async_shared()
+            # Behind the last tile nobody reads these. The place of the queries is found in the
+            # step: one that is the same in two loops, ptxas of CUDA 12.8 finds in front of the
+            # first, even where that is skipped
+            b_s = warpgroup_mma(
+                q_smem.index(gl.where(last, at * GROUPS + C, now)),
+                k_smem.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=False,
+            )  # fmt: skip
             mbarrier.arrive(empty.index(stage))
             step += 1
-        stage = step % STAGES
-        mbarrier.wait(q_full.index(done % 2), (done // 2) & 1, pred=then < tiles)
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        fence_async_shared()
-        # behind the last tile nobody reads these
-        b_next = warpgroup_mma(
-            q_smem.index(done % 2 * GROUPS + C), k_smem.index(stage).permute((1, 0)), b_zero,
-            use_acc=False, is_async=True,
-        )  # fmt: skip
-        if own == steps:
-            b_acc = warpgroup_mma(b_p, v_smem.index(stage), b_acc, is_async=False)
-        b_s = warpgroup_mma_wait(0, deps=(b_next,))
-        mbarrier.arrive(empty.index(stage))
-        step += 1
-
-        b_l = gl.convert_layout(b_l, gl.SliceLayout(1, o_layout))
-        b_out = gl.convert_layout((b_acc * (1 / b_l)[:, None]).to(dtype), out_layout)
-        o_m = low + gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
-        o_d = gl.arange(0, D, gl.SliceLayout(0, out_layout))
-        i_t = query_start.to(gl.int64) + o_m // G
-        o_out = i_t * stride_out_token + (i_h * G + o_m % G).to(gl.int64) * stride_out_head
-        p_out = out_ptr + row.to(gl.int64) * stride_out_row + o_out[:, None] + o_d[None, :]
-        gl.store(p_out, b_out, mask=((o_m // G < queries)[:, None]) & (o_d < D)[None, :])
-        tile, row, position, query_start, queries = (
-            then, then_row, then_position, then_start, then_queries
-        )  # fmt: skip
-        i_h, low, sinks, kept, window_start, steps = (
-            then_h, then_low, then_sinks, then_kept, then_window, then_steps
-        )  # fmt: skip
+        b_all = gl.convert_layout(gl.sum(b_l, 1), gl.SliceLayout(1, o_layout))
+        q.store((b_acc * (1 / b_all)[:, None]).to(dtype))
+        mbarrier.arrive(q_empty.index(done % 2))
+        done += 1
+        tile, low, position, queries = then, then_low, then_position, then_queries
+        sinks, kept, window_start, steps = then_sinks, then_kept, then_window, then_steps
 
 
 @gluon.jit(do_not_specialize=["per_block", "tiles"])
@@ -483,22 +511,22 @@ def prefill_hopper_fwd_kernel(
             (
                 consume,
                 (
-                    out_ptr, plan_ptr, tiles, smem, scale_log2, stride_out,
-                    0, G, D, UNIT, BLOCK_N, STAGES, ROWS, GROUPS,
+                    plan_ptr, tiles, smem, scale_log2,
+                    0, G, D, BLOCK_N, STAGES, ROWS, GROUPS,
                 ),
             ),
             (
                 consume,
                 (
-                    out_ptr, plan_ptr, tiles, smem, scale_log2, stride_out,
-                    1, G, D, UNIT, BLOCK_N, STAGES, ROWS, GROUPS,
+                    plan_ptr, tiles, smem, scale_log2,
+                    1, G, D, BLOCK_N, STAGES, ROWS, GROUPS,
                 ),
             ),
             (
                 produce,
                 (
-                    q_ptr, k_ptr, v_ptr, table_ptr, units_ptr, plan_ptr, tiles, smem, lists,
-                    strides, G, D, UNIT, PAGE, BLOCK_N, STAGES, ROWS, GROUPS,
+                    q_ptr, k_ptr, v_ptr, table_ptr, units_ptr, plan_ptr, out_ptr, tiles, smem,
+                    lists, strides, stride_out, G, D, UNIT, PAGE, BLOCK_N, STAGES, ROWS, GROUPS,
                 ),
             ),
         ],
