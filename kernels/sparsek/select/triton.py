@@ -45,7 +45,7 @@ LEAST_SIEVED = 1 << 17
 BASE_FROM = 1024
 POOL_PAIRS = 128  # (page, head) pairs per program of pool_fwd_kernel
 POOL_HEADS = 16
-POOL_PROGRAMS = 8192  # enough to read scores as fast as memory delivers them
+POOL_PROGRAMS = 2112  # 16 a multiprocessor of an H200: more read scores no faster
 POOLED_BYTES = 64 << 20  # of pooled scores at once; beyond it every program pools for itself
 
 
@@ -259,12 +259,12 @@ def pool_fwd_kernel(
     begin = tl.where(row_before == row, end_before, first_unit)
 
     o_b = tl.arange(0, UNITS * HEADS)
-    o_h = i_h * HEADS + o_b // UNITS
+    o_h = i_h * HEADS + o_b % HEADS
     p_table = block_table_ptr + row.to(tl.int64) * stride_table_row
     p_pooled = pooled_ptr + row.to(tl.int64) * stride_pooled_row
     o_head = o_h.to(tl.int64) * stride_score_head
     for at in range(begin + i_t * UNITS, end, tl.num_programs(2) * UNITS):
-        o_u = at + o_b % UNITS
+        o_u = at + o_b // HEADS
         m_u = (o_u < end) & (o_h < heads)
         b_block = page_blocks(o_u, m_u, p_table, PAGE)
         p_page = page_chunk(o_u, b_block, scores_ptr, p_table, stride_score_block, PAGE, UNIT)
