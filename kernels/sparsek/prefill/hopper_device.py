@@ -153,6 +153,13 @@ def block_at(o_pos, p_table, PAGE: gl.constexpr):
 
 
 @gluon.jit
+def offsets_of(o_m, i_h, query_start, stride_token, stride_head, G: gl.constexpr):
+    """Offsets [M] int64 of (query, head) pairs ``o_m`` of an item and KV head, within their row."""
+    i_t = query_start.to(gl.int64) + o_m // G
+    return i_t * stride_token + (i_h * G + o_m % G).to(gl.int64) * stride_head
+
+
+@gluon.jit
 def store_results(
     out_ptr, held, q_smem, at, stride_out, LAYOUT: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
     ROWS: gl.constexpr, GROUPS: gl.constexpr,
@@ -165,8 +172,7 @@ def store_results(
     p_out = out_ptr + row.to(gl.int64) * stride_row
     for c in gl.static_range(GROUPS):
         o_m = low + c * ROWS + o_r
-        i_t = query_start.to(gl.int64) + o_m // G
-        o_out = i_t * stride_token + (i_h * G + o_m % G).to(gl.int64) * stride_head
+        o_out = offsets_of(o_m, i_h, query_start, stride_token, stride_head, G)
         b_out = q_smem.index(at * GROUPS + c).load(LAYOUT)
         m_out = ((o_m // G < queries)[:, None]) & (o_d < D)[None, :]
         gl.store(p_out + o_out[:, None] + o_d[None, :], b_out, mask=m_out)
@@ -232,12 +238,10 @@ def produce(
             p_q = q_ptr + row.to(gl.int64) * stride_q_row
             for c in gl.static_range(GROUPS):
                 o_m = low + c * ROWS + o_r
-                o_query = o_m // G
-                i_t = query_start.to(gl.int64) + o_query
-                o_row = i_t * stride_q_token + (i_h * G + o_m % G).to(gl.int64) * stride_q_head
+                o_row = offsets_of(o_m, i_h, query_start, stride_q_token, stride_q_head, G)
                 copy_to_shared(
                     q_smem.index(at * GROUPS + c), p_q + o_row[:, None] + o_d[None, :],
-                    mask=((o_query < queries)[:, None]) & (o_d < D)[None, :],
+                    mask=((o_m // G < queries)[:, None]) & (o_d < D)[None, :],
                 )  # fmt: skip
             async_copy.mbarrier_arrive(q_full.index(at), increment_count=False)
             done += 1
