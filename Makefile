@@ -39,12 +39,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+INSTALLED = @command -v $(firstword $(SPARSEK)) >/dev/null || { echo "error: the kernel benchmark needs a CUDA GPU, and this package beside its vLLM: pip install ." >&2; exit 1; }
+
 # kernels.csv, kernels.json, roofline.png
 bench:
+	$(INSTALLED)
 	$(SPARSEK) bench kernels --output $(BENCH_OUT)
 
 # metrics.json, by Nsight Compute
 bench-profile:
+	$(INSTALLED)
 	$(SPARSEK) bench kernels --profile --output $(BENCH_OUT)
 
 clean:

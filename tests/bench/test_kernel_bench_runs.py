@@ -187,6 +187,20 @@ def test_without_a_gpu_make_says_so_in_one_line(target):
     assert said[-1] == f"error: {driver.NO_GPU}"
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["bench", "bench-profile"])
+def test_where_nothing_is_installed_make_says_what_it_takes_in_one_line(target):
+    done = subprocess.run(
+        ["make", "-s", target, "SPARSEK=no-such-command"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert said == [
+        "error: the kernel benchmark needs a CUDA GPU, and this package beside its vLLM: "
+        "pip install ."
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
