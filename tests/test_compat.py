@@ -102,7 +102,7 @@ def test_the_cpu_wheels_distribution_counts_as_vllm(monkeypatch):
 def test_another_vllm_fails_when_the_backend_is_asked_for_and_not_before():
     code = """
 from vllm_sparsek import compat
-compat.vllm_version = lambda: "0.40.0"
+compat.version.vllm_version = lambda: "0.40.0"
 from vllm_sparsek import plugin
 plugin.platform_hook()
 plugin.register()
