@@ -1,4 +1,4 @@
-"""Two CUDA graphs of a decode batch: which is captured, which replayed, by a stand-in for vLLM's
+"""Three CUDA graphs of a decode batch: which is captured, which replayed, by a stand-in for vLLM's
 manager (capturing takes a GPU)."""
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu import cudagraph_utils
 
 from vllm_sparsek import compat
+from vllm_sparsek.compat import Path
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 ONE, TWO, HALVES = (
@@ -22,7 +23,7 @@ MODES = {PIECEWISE: [TWO], FULL: [HALVES, TWO, ONE]}
 
 
 def make_manager(backend="SPARSEK", descs=MODES):
-    """A manager of a wrapped class; a graph is a word for what it was captured with."""
+    """A manager of a wrapped class; a graph is the path that it holds, None for both."""
 
     class Manager:
         def __init__(self):
@@ -37,10 +38,10 @@ def make_manager(backend="SPARSEK", descs=MODES):
                     self.captured.append((mode, desc, progress_bar_desc))
                     if mode is FULL:
                         assert desc not in self.graphs
-                        self.graphs[desc] = "dense" if graphs.capturing_dense else "both"
+                        self.graphs[desc] = graphs.capturing
                         if self._capture_mem_samples is not None:
                             self._capture_mem_samples.append(desc.num_tokens)
-            if model is None and graphs.capturing_dense:
+            if model is None and graphs.capturing is Path.SPARSE:
                 raise RuntimeError("out of memory")
 
         def run_fullgraph(self, desc):
@@ -51,29 +52,29 @@ def make_manager(backend="SPARSEK", descs=MODES):
     return graphs, Manager()
 
 
-def test_a_dense_batch_replays_a_graph_of_the_dense_path_alone():
+def test_a_batch_of_one_path_replays_a_graph_of_that_path_alone():
     graphs, manager = make_manager()
     manager.capture("model")
-    for dense, kind in ((False, "both"), (True, "dense"), (False, "both")):
-        graphs.batch_is_dense = dense
-        assert manager.run_fullgraph(ONE) == manager.run_fullgraph(TWO) == kind
+    for path in (None, Path.DENSE, Path.SPARSE, None, Path.SPARSE):
+        graphs.batch = path
+        assert manager.run_fullgraph(ONE) is manager.run_fullgraph(TWO) is path
 
 
 def test_microbatches_replay_the_graph_of_both_paths():
     graphs, manager = make_manager()
     manager.capture("model")
-    graphs.batch_is_dense = True
-    assert manager.run_fullgraph(HALVES) == "both"
+    graphs.batch = Path.DENSE
+    assert manager.run_fullgraph(HALVES) is None
 
 
 def test_pieces_are_captured_once_and_what_was_there_stays():
     graphs, manager = make_manager()
     manager.capture("model")
-    assert [mode for mode, *_ in manager.captured] == [PIECEWISE] + 6 * [FULL]
-    assert len({title for *_, title in manager.captured}) == 2
+    assert [mode for mode, *_ in manager.captured] == [PIECEWISE] + 9 * [FULL]
+    assert len({title for *_, title in manager.captured}) == 3
     assert manager._capture_descs is MODES
-    assert set(manager.graphs.values()) == {"both"}
-    assert not graphs.capturing_dense
+    assert set(manager.graphs.values()) == {None}
+    assert graphs.capturing is None
 
 
 def test_graphs_are_captured_anew_after_vllm_has_dropped_its_own():
@@ -81,15 +82,16 @@ def test_graphs_are_captured_anew_after_vllm_has_dropped_its_own():
     manager.capture("model")
     manager.graphs.clear()
     manager.capture("model")
-    graphs.batch_is_dense = True
-    assert manager.run_fullgraph(ONE) == "dense"
+    for path in Path:
+        graphs.batch = path
+        assert manager.run_fullgraph(ONE) is path
 
 
-def test_the_memory_of_a_shape_is_that_of_both_graphs():
+def test_the_memory_of_a_shape_is_that_of_its_three_graphs():
     _, manager = make_manager(descs={FULL: [TWO, ONE]})
     manager._capture_mem_samples = samples = []
     manager.capture("model")
-    assert samples == [4, 2]
+    assert samples == [6, 3]
 
 
 @pytest.mark.parametrize("backend, descs", [("FLASH_ATTN", MODES), ("SPARSEK", {PIECEWISE: [TWO]})])
@@ -97,15 +99,15 @@ def test_other_backends_and_modes_have_vllms_graphs_alone(backend, descs):
     graphs, manager = make_manager(backend, descs)
     manager.capture("model")
     assert {title for *_, title in manager.captured} == {"all"}
-    graphs.batch_is_dense = True
-    assert {manager.run_fullgraph(desc) for desc in descs.get(FULL, [])} <= {"both"}
+    graphs.batch = Path.SPARSE
+    assert {manager.run_fullgraph(desc) for desc in descs.get(FULL, [])} <= {None}
 
 
-def test_a_failed_capture_of_dense_graphs_leaves_nothing_behind():
+def test_a_failed_capture_leaves_nothing_behind():
     graphs, manager = make_manager()
     with pytest.raises(RuntimeError, match="out of memory"):
         manager.capture(None)
-    assert not graphs.capturing_dense
+    assert graphs.capturing is None
     assert manager._capture_descs is MODES
 
 

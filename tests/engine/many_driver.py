@@ -63,10 +63,11 @@ def managers(llm: Any) -> list[str]:
 
 
 def graphs(llm: Any) -> list[int]:
-    """Full CUDA graphs that were captured: vLLM's own, and those of dense batches."""
+    """Full CUDA graphs that were captured: vLLM's own, and those of one path."""
     executor = llm.llm_engine.engine_core.engine_core.model_executor
     manager = getattr(executor.driver_worker.worker.model_runner, "cudagraph_manager", None)
-    return [len(getattr(manager, name, {})) for name in ("graphs", "sparsek_dense_graphs")]
+    own = getattr(manager, "graphs", {}), *getattr(manager, "sparsek_graphs", {}).values()
+    return [len(graphs_) for graphs_ in own]
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:

@@ -147,10 +147,10 @@ def test_the_batch_changes_nothing(answers, model):
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 @pytest.mark.skipif(os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0", reason="of runner V2")
-def test_every_shape_of_decode_batches_has_a_graph_for_dense_ones(answers, model):
-    ours, dense = found(answers, model, "default")["graphs"]
-    assert ours == dense > 0
-    assert found(answers, model, None)["graphs"][1] == 0
+def test_every_shape_of_decode_batches_has_a_graph_for_each_path_alone(answers, model):
+    both, *alone = found(answers, model, "default")["graphs"]
+    assert alone == [both, both] and both > 0
+    assert len(found(answers, model, None)["graphs"]) == 1
 
 
 def test_layers_with_a_sliding_window_keep_vllms_own_backend(answers):

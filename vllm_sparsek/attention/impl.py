@@ -225,7 +225,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         numbers = compat.cache_numbers(kv_cache)
         self._score(key, value, numbers, kv_scales, m)
         beside: Any = nullcontext()
-        if m.sparse_decodes and not m.cpu_rows:
+        if m.dense is not None and m.sparse_decodes and not m.cpu_rows:
             # neither attention fills the GPU in a decode step
             side = self._workspace(numbers.shape[2], numbers.device).side
             beside = beside if side is None else side.use()

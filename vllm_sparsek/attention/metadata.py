@@ -146,7 +146,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> SparseKMetadata:
-        """Build with all rows sparse, so that a graph holds both paths, or with all rows dense."""
+        """Build for a graph that holds both paths, or one: see ``compat.DecodeGraphs``."""
         self.capturing = True
         try:
             return self.build(0, common_attn_metadata)
@@ -177,13 +177,19 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         real = query_lens > 0
         has_sparse = real & (ends > sparse_from)
         has_dense = real & (ends - query_lens < sparse_from)
+        graphs = compat.decode_graphs
+        captured = graphs.capturing if self.capturing else None
         if self.capturing:
-            has_dense = np.full(rows, compat.decode_graphs.capturing_dense)
+            has_dense = np.full(rows, captured is compat.Path.DENSE)
             has_sparse = ~has_dense
         elif prompts is not None:
             self._count(num_decodes, starts_in_batch, query_lens, ends, sparse_from)
 
-        compat.decode_graphs.batch_is_dense = not has_sparse.any()
+        graphs.batch = None
+        if not has_sparse.any():
+            graphs.batch = compat.Path.DENSE
+        elif not has_dense.any():
+            graphs.batch = compat.Path.SPARSE
         n = int(starts_in_batch[-1])
         self.step = (self.step + 1) % (1 << 31)
         packed = np.zeros(self.positions_at + max(tokens, n), dtype=np.int32)
@@ -201,12 +207,14 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
 
         decode_only = num_decodes == rows
         dense = dense_all = None
-        # a decode batch may be replayed from a graph, which holds the dense path in any case
+        # a decode batch may be replayed from a graph that holds the dense path in any case
         if (has_dense & has_sparse).any():
             requests = dense_requests(starts_in_batch, ends, sparse_from)
             # a schedule made ahead has room for the rows of a batch, not for more requests
             dense = self.dense_builder.build(0, compat.with_requests(common, *requests), True)
-        elif has_dense.any() or (decode_only and self.device.type != "cpu"):
+        elif has_dense.any() or (
+            decode_only and self.device.type != "cpu" and captured is not compat.Path.SPARSE
+        ):
             masked = common.replace(seq_lens=dense_seq_lens[:rows])
             if self.device.type == "cpu":
                 masked = masked.replace(

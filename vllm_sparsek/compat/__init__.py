@@ -21,7 +21,7 @@ from vllm_sparsek.compat.dense import (
     dense_takes_fp8,
     flash_attention_3,
 )
-from vllm_sparsek.compat.graphs import DecodeGraphs, decode_graphs
+from vllm_sparsek.compat.graphs import DecodeGraphs, Path, decode_graphs
 from vllm_sparsek.compat.model import (
     ParentWatch,
     layer_index,
@@ -52,6 +52,7 @@ __all__ = [
     "NAME",
     "DecodeGraphs",
     "ParentWatch",
+    "Path",
     "UnsupportedVllmError",
     "add_score_cache",
     "cache_numbers",

@@ -25,6 +25,14 @@ WARP_SIZE = 32
 # shared memory one block may use, bytes, by compute capability (CUDA programming guide)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}
 
+# the first with programmatic dependent launch, see ``early_launch``
+EARLY_CAPABILITY = 90
+
+
+def early_launch_known(capability: int) -> bool:
+    """Whether kernels of ``capability`` are launched early: not those of GPUs we do not know."""
+    return capability >= EARLY_CAPABILITY and capability in SHARED_LIMIT
+
 
 def of_heads(
     case: tuple[Any, str, dict[str, Any], dict[str, int]],
@@ -44,19 +52,24 @@ def compile_cases(
 ) -> Iterator[tuple[str, tuple[Any, str, dict[str, Any], dict[str, int]]]]:
     """(name, case) of every kernel variant that is registered and that ``capability`` runs.
 
-    All do but those that read an FP8 cache, and ``ONLY`` some.
+    All do but those that read an FP8 cache, and ``ONLY`` some. They are compiled as they are
+    launched there: early or not.
     """
     for path in MODULES:
         if ONLY.get(path, capability) != capability:
             continue
         module = importlib.import_module(f"vllm_sparsek.kernels.{path}")
         for case in module.COMPILE_CASES:
-            kernel, types, constexprs, _ = case
+            kernel, types, constexprs, options = case
             if "fp8" in types and capability < FP8_CAPABILITY:
                 continue
+            if "EARLY" in constexprs:
+                constexprs = {**constexprs, "EARLY": early_launch_known(capability)}
             dtype = types.split()[0].removeprefix("*")
             variant = "-".join(f"{name}={value}" for name, value in constexprs.items())
-            yield f"{path.partition('.')[0]}-{kernel.__name__}-{dtype}-{variant}", case
+            yield f"{path.partition('.')[0]}-{kernel.__name__}-{dtype}-{variant}", (
+                kernel, types, constexprs, options,
+            )  # fmt: skip
 
 
 def compile_kernel(

@@ -24,6 +24,7 @@ from vllm_sparsek.kernels.common.device import (
     softmax_step,
     token_offsets,
 )
+from vllm_sparsek.kernels.common.early_launch import begin, launch_early
 from vllm_sparsek.kernels.decode.splits import SPLIT_TOKENS, split_sizes
 
 # of decode_fwd_kernel
@@ -70,8 +71,10 @@ def decode_fwd_kernel(
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One split of the list of one (item, KV head), for all G query heads of that KV head."""
+    begin(EARLY)
     i_i, i_h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     k, share_bits = of_head(k, i_h), of_head(share_bits, i_h)
     low = i_s * SPLIT
@@ -252,7 +255,7 @@ def decode(
         block_table.stride(0), units.stride(0), units.stride(1),
         G=group, D=head_dim, PAGE=page, UNIT=budget.unit, SOFT=gates is not None,
         FP8=kv_scales is not None, SPLIT=split_tokens,
-        **tiles, **OPTIONS,
+        **tiles, **OPTIONS, **launch_early(query.device),
     )  # fmt: skip
     if after is not None:
         after.wait()
@@ -271,6 +274,7 @@ def compile_case(
     constexprs = {
         "G": group, "D": head_dim, "PAGE": page, "UNIT": unit, "SOFT": soft,
         "FP8": cache == "fp8e4nv", "SPLIT": SPLIT_TOKENS, **tile_sizes(head_dim, group, 2),
+        "EARLY": False,
     }  # fmt: skip
     types = (
         f"*{dtype} *{cache} *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 *fp32 fp32 "

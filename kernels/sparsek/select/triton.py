@@ -19,6 +19,7 @@ from vllm_sparsek.kernels.common.device import (
     page_argument,
     units_kept,
 )
+from vllm_sparsek.kernels.common.early_launch import begin, launch_early
 from vllm_sparsek.kernels.select import expiry
 from vllm_sparsek.kernels.select.chunk import ChunkBases
 from vllm_sparsek.kernels.select.device import radix_best
@@ -85,6 +86,7 @@ def select_fwd_kernel(
     BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
     WORDS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Kept units, ascending, of one (item, KV head).
 
@@ -93,6 +95,7 @@ def select_fwd_kernel(
     before still stands or the item is padding. Where it was made in an earlier refresh block, only
     its units and those that left the window since are candidates.
     """
+    begin(EARLY)
     i_i, i_h = tl.program_id(0), tl.program_id(1)
     k, share_bits = of_head(k, i_h), of_head(share_bits, i_h)
     i_out = i_i.to(tl.int64) * stride_out_item + i_h * stride_out_head
@@ -429,6 +432,7 @@ def select(
         units_out.stride(0), units_out.stride(1),
         PAGE=page, UNIT=budget.unit, POOLING=pooling, BY_ROW=by_row, SOFT=soft,
         MEMO=memo is not None, BASE=bases is not None, **tile, **options,
+        **launch_early(scores.device),
     )  # fmt: skip
 
 
@@ -480,7 +484,7 @@ def select_scored(
         unit_scores.stride(0), unit_scores.stride(1), 0,
         units_out.stride(0), units_out.stride(1),
         PAGE=budget.unit, UNIT=budget.unit, POOLING="none", BY_ROW=False, SOFT=False, MEMO=False,
-        BASE=False, **tile, **options,
+        BASE=False, **tile, **options, **launch_early(units_out.device),
     )  # fmt: skip
 
 
@@ -509,7 +513,7 @@ def compile_case(
     tile, options = _tile(pages, soft, width, longest, start == "base")
     constexprs = {
         "PAGE": page, "UNIT": unit, "POOLING": pooling, "BY_ROW": pooling == "none", "SOFT": soft,
-        "MEMO": start == "memo", "BASE": start == "base", **tile,
+        "MEMO": start == "memo", "BASE": start == "base", "EARLY": False, **tile,
     }  # fmt: skip
     return select_fwd_kernel, _TYPES, constexprs, options
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparsek.kernels.common.device import fp8_of
+from vllm_sparsek.kernels.common.early_launch import begin, launch_early
 from vllm_sparsek.kernels.common.validate import FP8
 from vllm_sparsek.kernels.write.linear import LinearScore
 
@@ -71,8 +72,10 @@ def write_tokens_fwd_kernel(
     INTERLEAVED: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Store keys, values and scores of BLOCK_T tokens of one KV head."""
+    begin(EARLY)
     i_h = tl.program_id(1)
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_t = o_t < tokens
@@ -155,7 +158,7 @@ def write_tokens(
         scores.stride(0), scores.stride(1),
         H=heads, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=kv_cache.shape[2],
         PAIRS=pairs, INTERLEAVED=linear.interleaved, FP8=kv_cache.dtype == FP8,
-        BLOCK_T=BLOCK_T, num_warps=WARPS,
+        BLOCK_T=BLOCK_T, num_warps=WARPS, **launch_early(key.device),
     )  # fmt: skip
 
 
@@ -174,6 +177,7 @@ COMPILE_CASES = [
             "INTERLEAVED": interleaved,
             "FP8": cache == "fp8e4nv",
             "BLOCK_T": BLOCK_T,
+            "EARLY": False,
         },
         {"num_warps": WARPS},
     )
