@@ -11,6 +11,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparsek import compat
+from vllm_sparsek.attention import warmup
 from vllm_sparsek.attention.cpu_decode import CpuDecoder
 from vllm_sparsek.attention.hidden import HiddenStates, keep_input
 from vllm_sparsek.attention.metadata import PrefillItems, SparseKMetadata
@@ -143,6 +144,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             if not self.config.query_aware:
                 self.kept = self._kept_selections(page, device)
             self._workspace(page, device)
+        warmup.register(self, layer, act_dtype, device)
 
     def _kept_selections(self, page: int, device: torch.device) -> KeptSelections:
         width, soft = self.budget(page).max_units(self.max_model_len), self.config.mode == "soft_v"
@@ -243,7 +245,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         if m.items is not None and self.config.query_aware:
             self._decode_again(query, kv_cache, kv_scales, m, m.items, output)
         elif m.items is not None:
-            self._prefill(query, kv_cache, kv_scales, m, m.items, output)
+            self._prefill(query, kv_cache, kv_scales, m.block_table, m.items, output)
         return output
 
     def _attend_densely(
@@ -380,14 +382,15 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         kv_scales: tuple[torch.Tensor, torch.Tensor] | None,
-        m: SparseKMetadata,
+        block_table: torch.Tensor,
         items: PrefillItems,
         output: torch.Tensor,
     ) -> None:
         page = kv_cache.shape[2]
         budget, soft = self.budget(page), self.config.mode == "soft_v"
         width = budget.max_units(self.max_model_len)
-        at_once = max(1, SELECTION_BYTES // (4 * self.num_kv_heads * width))
+        # slices of items begin where all items do, at a multiple of 16 bytes: see PrefillItems
+        at_once = max(4, SELECTION_BYTES // (4 * self.num_kv_heads * width) // 4 * 4)
         bases = items.bases
         for low in range(0, items.row.numel(), at_once):
             part = slice(low, low + at_once)
@@ -396,9 +399,9 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             units = torch.empty(shape, dtype=torch.int32, device=query.device)
             gates = torch.empty(shape, dtype=torch.float32, device=query.device) if soft else None
             own = None if bases is None else replace(bases, item_base=bases.item_base[part])
-            self._select(query, m.block_table, row, position, budget, units, gates, bases=own)
+            self._select(query, block_table, row, position, budget, units, gates, bases=own)
             prefill_api.prefill(
-                query, *kv_cache.chunk(2, dim=-1), m.block_table, row, position,
+                query, *kv_cache.chunk(2, dim=-1), block_table, row, position,
                 items.query_start[part], items.query_len[part], units, gates, budget,
                 self.scale, output, kv_scales,
             )  # fmt: skip

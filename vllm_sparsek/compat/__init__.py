@@ -46,6 +46,7 @@ from vllm_sparsek.compat.version import (
     require_supported_vllm,
     vllm_version,
 )
+from vllm_sparsek.compat.warmup import at_startup, block_table_width
 
 __all__ = [
     "BACKEND_PATH",
@@ -55,6 +56,8 @@ __all__ = [
     "Path",
     "UnsupportedVllmError",
     "add_score_cache",
+    "at_startup",
+    "block_table_width",
     "cache_numbers",
     "cpu_kernel_isa",
     "decode_graphs",
