@@ -21,7 +21,8 @@ PLAIN_SUMS = {
 }  # fmt: skip
 PLAIN_LLM = {
     "disable_custom_all_reduce": True,
-    "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
+    # full graphs of decode, as in serving, without the minute that torch.compile takes
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
 }
 TOKENS = 16
 # within the budget of the defaults, and far beyond the small one
