@@ -40,10 +40,10 @@ CASES = [
 SEQUENCES = {
     "attention": (False, False, False),
     "between": (False, True, False),
-    "refresh": (False, True, True),
+    "at_refresh": (False, True, True),
     "write": (True, False, False),
     "write_between": (True, True, False),
-    "write_refresh": (True, True, True),
+    "write_at_refresh": (True, True, True),
 }
 
 
@@ -138,7 +138,7 @@ def measure(step: Step) -> dict[str, float]:
     times = {name: step.time(*sequence) for name, sequence in SEQUENCES.items()}
     added = {
         before: (times[f"{before}between"] - alone) * (1 - 1 / step.refresh)
-        + (times[f"{before}refresh"] - alone) / step.refresh
+        + (times[f"{before}at_refresh"] - alone) / step.refresh
         for before, alone in (("", times["attention"]), ("write_", times["write"]))
     }
     shares = {f"{before}share": 100 * us / times["attention"] for before, us in added.items()}
