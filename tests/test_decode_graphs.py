@@ -1,5 +1,5 @@
 """Three CUDA graphs of a decode batch: which is captured, which replayed, by a stand-in for vLLM's
-manager (capturing takes a GPU)."""
+manager (capturing takes a GPU), and what a batch says of itself."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from inspect import signature
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu import cudagraph_utils
 
 from vllm_sparsek import compat
+from vllm_sparsek.attention.metadata import SparseKMetadataBuilder
 from vllm_sparsek.compat import Path
+from vllm_sparsek.config import SparseKConfig
+from vllm_sparsek.kernels.common.budget import Budget
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 ONE, TWO, HALVES = (
@@ -126,3 +131,58 @@ def test_vllms_manager_has_what_is_wrapped():
     assert "num_ubatches" in descriptor
     made = cudagraph_utils.CudaGraphManager.__init__.__code__.co_names
     assert {"graphs", "_capture_descs", "_capture_mem_samples", "vllm_config"} <= set(made)
+
+
+class DenseBuilder:
+    """Stands for the dense path's builder: keeps the context lengths that it was given."""
+
+    def build(self, common_prefix_len, common, fast_build=False):
+        return common.seq_lens
+
+
+@pytest.fixture
+def builder(monkeypatch):
+    """A builder as on a GPU, whose rows read sparsely from position 100 on."""
+    monkeypatch.setattr(compat, "decode_graphs", compat.DecodeGraphs())
+    monkeypatch.setattr(compat, "to_device", lambda array, device: torch.from_numpy(array))
+    monkeypatch.setattr(compat, "prompt_lengths", lambda common: None)
+    made = object.__new__(SparseKMetadataBuilder)
+    vars(made).update(
+        config=SparseKConfig(scorer="knorm", k=64, window=32), page=16, max_model_len=4096,
+        budget=Budget(64, 32, 4, 16), first_sparse=100, dense_builder=DenseBuilder(),
+        dense_all_builder=None, max_rows=4, max_tokens=16, positions_at=16,
+        buffer=torch.zeros(32, dtype=torch.int32), share_bases=False, step=0, counters=None,
+        capturing=False, device=torch.device("cuda"),
+    )  # fmt: skip
+    return made
+
+
+def decode_batch(*contexts):
+    """One query a row."""
+    rows, lens = len(contexts), torch.tensor(contexts, dtype=torch.int32)
+    start = torch.arange(rows + 1, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=start, query_start_loc_cpu=start, seq_lens=lens, num_reqs=rows,
+        num_actual_tokens=rows, max_query_len=1, max_seq_len=max(contexts),
+        block_table_tensor=torch.zeros(rows, 256, dtype=torch.int32),
+        slot_mapping=torch.zeros(rows, dtype=torch.int64), seq_lens_cpu_upper_bound=lens,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "contexts, path", [((50, 60), Path.DENSE), ((200, 300), Path.SPARSE), ((50, 300), None)]
+)
+def test_a_batch_has_the_path_that_all_its_rows_take(contexts, path, builder):
+    metadata = builder.build(0, decode_batch(*contexts))
+    assert compat.decode_graphs.batch is path
+    # whatever is replayed finds what it reads
+    assert metadata.dense is not None
+    assert metadata.decode_row.tolist() == [r if n > 100 else -1 for r, n in enumerate(contexts)]
+
+
+@pytest.mark.parametrize("path", [None, *Path])
+def test_a_graph_is_captured_with_the_paths_that_it_holds(path, builder):
+    compat.decode_graphs.capturing = path
+    metadata = builder.build_for_cudagraph_capture(decode_batch(4096, 4096))
+    assert (metadata.dense is None) == (path is Path.SPARSE)
+    assert metadata.sparse_decodes == (path is not Path.DENSE)
