@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything the tests can only show on a GPU, in stages that write their logs to a folder.
-# Usage: tests/gpu/run.sh OUT STAGE...   stages: kernels interop sanitize times engines bench profile engine engine-v1 tp llama learned
+# Usage: tests/gpu/run.sh OUT STAGE...   stages: kernels interop sanitize times step engines bench profile engine engine-v1 tp llama learned
 set -uo pipefail
 out=$(realpath -m "$1"); shift
 mkdir -p "$out"
@@ -22,6 +22,7 @@ for s in "$@"; do
     interop) stage interop 500 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root"/tests/export "$root"/tests/test_xformers.py -q || failed=1 ;;
     sanitize) stage sanitize 400 compute-sanitizer --tool memcheck --error-exitcode 9 python3 "$root"/tests/kernels/sanitize.py || failed=1 ;;
     times) stage times 300 python3 -m vllm_sparsek.cli bench kernels --run micro --output "$out/micro" || failed=1 ;;
+    step) stage step 150 python3 "$root"/tests/gpu/decode_step.py "$out/decode-step.json" || failed=1 ;;
     engines) stage engines 300 python3 -m vllm_sparsek.cli bench kernels --config engines --output "$out/engines" || failed=1 ;;
     bench) stage bench 590 python3 -m vllm_sparsek.cli bench kernels --output "$out/bench" || failed=1 ;;
     profile) stage profile 590 python3 -m vllm_sparsek.cli bench kernels --profile --output "$out/bench" || failed=1 ;;
