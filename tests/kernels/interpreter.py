@@ -20,7 +20,10 @@ BF16 = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 BITWISE = 0.0 if DEVICE == "cuda" else 2e-6
 VARIABLE = "TRITON_INTERPRET"
 # modules of these names hold device code or launch it; each imports from those before it
-LAYERS = ("pooling", "device", "sifting", "expiry", "dispatch", "page_tables", "triton", "fa3")
+LAYERS = (
+    "pooling", "device", "early_launch", "sifting", "expiry", "dispatch", "page_tables", "triton",
+    "fa3",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
