@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from vllm_sparsek.serving_bench.demo.cli import CPU_ENV
@@ -14,6 +16,17 @@ def engine_env(**more: str) -> dict[str, str]:
     """Environment of an engine process; the Triton interpreter never leaks into it."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return {**env, **CPU_ENV, **more}
+
+
+def run_driver(driver: Path, argument: str, timeout: float = 900, **env: str) -> Any:
+    """What a script prints as JSON after RESULT; if it fails, show the end of its log."""
+    done = subprocess.run(
+        [sys.executable, str(driver), argument],
+        env=engine_env(**env), capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0 and lines, done.stdout[-6000:] + done.stderr[-4000:]
+    return json.loads(lines[-1][len("RESULT ") :])
 
 
 def engine_memory() -> dict[str, Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import run_driver
 
 from vllm_sparsek import compat
 from vllm_sparsek.attention import warmup
@@ -43,13 +41,7 @@ def keys():
         settings = {**SETTINGS, **changes}
         heads, fp8 = settings.pop("heads", []), settings.pop("fp8", False)
         cases.append({"engine": engine, "settings": settings, "heads": heads, "fp8": fp8})
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), json.dumps(cases)], env=environment, capture_output=True,
-        text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
-    found = json.loads(done.stdout.split("RESULT ")[1])
+    found = run_driver(SCRIPT, json.dumps(cases), timeout=600)
     return dict(zip(CASES, found, strict=True))
 
 

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import engine_env, engine_memory
+from processes import engine_memory, run_driver
 
 DRIVER = Path(__file__).with_name("driver.py")
 
 
 def run_engine(llm: dict[str, Any], calls: list[dict[str, Any]], **env: str) -> dict[str, Any]:
-    """Run the driver; on failure show the end of its log."""
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), json.dumps({"llm": llm, "calls": calls})],
-        env=engine_env(**env), capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and lines, done.stdout[-6000:] + done.stderr[-4000:]
-    return json.loads(lines[-1][len("RESULT ") :])
+    """Start an engine and make calls, see ``driver``."""
+    return run_driver(DRIVER, json.dumps({"llm": llm, "calls": calls}), **env)
 
 
 def shared_llm() -> dict[str, Any]:

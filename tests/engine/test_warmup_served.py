@@ -7,13 +7,11 @@ its runners for GPUs do collecting registrations, and that no layer on a CPU doe
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import engine_env
+from processes import run_driver
 from tiny import random_prompts, tiny_llm, write_model
 
 pytestmark = pytest.mark.engine
@@ -43,13 +41,7 @@ def start(model, settings, calls=(), **llm):
         ),
         "calls": calls,
     }
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), json.dumps(spec)], env=engine_env(), capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and lines, done.stdout[-6000:] + done.stderr[-4000:]
-    return json.loads(lines[-1][len("RESULT ") :])
+    return run_driver(DRIVER, json.dumps(spec), timeout=300)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what an engine on a CPU does")

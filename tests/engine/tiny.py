@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from processes import engine_env, engine_memory
+from processes import engine_memory, run_driver
 
 MANY_DRIVER = Path(__file__).with_name("many_driver.py")
 VOCABULARY = 512
@@ -81,10 +79,4 @@ def run_many(specs: list[dict[str, Any]], folder: Path, **env: str) -> list[dict
     """Answers of several engines, started one after another in one process."""
     path = folder / "specifications.json"
     path.write_text(json.dumps(specs))
-    done = subprocess.run(
-        [sys.executable, str(MANY_DRIVER), str(path)],
-        env=engine_env(**env), capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and lines, done.stdout[-6000:] + done.stderr[-4000:]
-    return json.loads(lines[-1][len("RESULT ") :])
+    return run_driver(MANY_DRIVER, str(path), **env)
