@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu import cudagraph_utils
 
 from vllm_sparsek import compat
 from vllm_sparsek.attention.metadata import SparseKMetadataBuilder
-from vllm_sparsek.compat import Path
+from vllm_sparsek.compat import AttentionPath
 from vllm_sparsek.config import SparseKConfig
 from vllm_sparsek.kernels.common.budget import Budget
 
@@ -46,7 +46,7 @@ def make_manager(backend="SPARSEK", descs=MODES):
                         self.graphs[desc] = graphs.capturing
                         if self._capture_mem_samples is not None:
                             self._capture_mem_samples.append(desc.num_tokens)
-            if model is None and graphs.capturing is Path.SPARSE:
+            if model is None and graphs.capturing is AttentionPath.SPARSE:
                 raise RuntimeError("out of memory")
 
         def run_fullgraph(self, desc):
@@ -60,7 +60,7 @@ def make_manager(backend="SPARSEK", descs=MODES):
 def test_a_batch_of_one_path_replays_a_graph_of_that_path_alone():
     graphs, manager = make_manager()
     manager.capture("model")
-    for path in (None, Path.DENSE, Path.SPARSE, None, Path.SPARSE):
+    for path in (None, AttentionPath.DENSE, AttentionPath.SPARSE, None, AttentionPath.SPARSE):
         graphs.batch = path
         assert manager.run_fullgraph(ONE) is manager.run_fullgraph(TWO) is path
 
@@ -68,7 +68,7 @@ def test_a_batch_of_one_path_replays_a_graph_of_that_path_alone():
 def test_microbatches_replay_the_graph_of_both_paths():
     graphs, manager = make_manager()
     manager.capture("model")
-    graphs.batch = Path.DENSE
+    graphs.batch = AttentionPath.DENSE
     assert manager.run_fullgraph(HALVES) is None
 
 
@@ -87,7 +87,7 @@ def test_graphs_are_captured_anew_after_vllm_has_dropped_its_own():
     manager.capture("model")
     manager.graphs.clear()
     manager.capture("model")
-    for path in Path:
+    for path in AttentionPath:
         graphs.batch = path
         assert manager.run_fullgraph(ONE) is path
 
@@ -104,7 +104,7 @@ def test_other_backends_and_modes_have_vllms_graphs_alone(backend, descs):
     graphs, manager = make_manager(backend, descs)
     manager.capture("model")
     assert {title for *_, title in manager.captured} == {"all"}
-    graphs.batch = Path.SPARSE
+    graphs.batch = AttentionPath.SPARSE
     assert {manager.run_fullgraph(desc) for desc in descs.get(FULL, [])} <= {None}
 
 
@@ -170,7 +170,8 @@ def decode_batch(*contexts):
 
 
 @pytest.mark.parametrize(
-    "contexts, path", [((50, 60), Path.DENSE), ((200, 300), Path.SPARSE), ((50, 300), None)]
+    "contexts, path",
+    [((50, 60), AttentionPath.DENSE), ((200, 300), AttentionPath.SPARSE), ((50, 300), None)],
 )
 def test_a_batch_has_the_path_that_all_its_rows_take(contexts, path, builder):
     metadata = builder.build(0, decode_batch(*contexts))
@@ -180,9 +181,9 @@ def test_a_batch_has_the_path_that_all_its_rows_take(contexts, path, builder):
     assert metadata.decode_row.tolist() == [r if n > 100 else -1 for r, n in enumerate(contexts)]
 
 
-@pytest.mark.parametrize("path", [None, *Path])
+@pytest.mark.parametrize("path", [None, *AttentionPath])
 def test_a_graph_is_captured_with_the_paths_that_it_holds(path, builder):
     compat.decode_graphs.capturing = path
     metadata = builder.build_for_cudagraph_capture(decode_batch(4096, 4096))
-    assert (metadata.dense is None) == (path is Path.SPARSE)
-    assert metadata.sparse_decodes == (path is not Path.DENSE)
+    assert (metadata.dense is None) == (path is AttentionPath.SPARSE)
+    assert metadata.sparse_decodes == (path is not AttentionPath.DENSE)

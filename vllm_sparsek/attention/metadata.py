@@ -182,16 +182,16 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         graphs = compat.decode_graphs
         captured = graphs.capturing if self.capturing else None
         if self.capturing:
-            has_dense = np.full(rows, captured is compat.Path.DENSE)
+            has_dense = np.full(rows, captured is compat.AttentionPath.DENSE)
             has_sparse = ~has_dense
         elif prompts is not None:
             self._count(num_decodes, starts_in_batch, query_lens, ends, sparse_from)
 
         graphs.batch = None
         if not has_sparse.any():
-            graphs.batch = compat.Path.DENSE
+            graphs.batch = compat.AttentionPath.DENSE
         elif not has_dense.any():
-            graphs.batch = compat.Path.SPARSE
+            graphs.batch = compat.AttentionPath.SPARSE
         n = int(starts_in_batch[-1])
         self.step = (self.step + 1) % (1 << 31)
         packed = np.zeros(self.positions_at + max(tokens, n), dtype=np.int32)
@@ -215,7 +215,9 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             # a schedule made ahead has room for the rows of a batch, not for more requests
             dense = self.dense_builder.build(0, compat.with_requests(common, *requests), True)
         elif has_dense.any() or (
-            decode_only and self.device.type != "cpu" and captured is not compat.Path.SPARSE
+            decode_only
+            and self.device.type != "cpu"
+            and captured is not compat.AttentionPath.SPARSE
         ):
             masked = common.replace(seq_lens=dense_seq_lens[:rows])
             if self.device.type == "cpu":

@@ -21,7 +21,7 @@ from vllm_sparsek.compat.dense import (
     dense_takes_fp8,
     flash_attention_3,
 )
-from vllm_sparsek.compat.graphs import DecodeGraphs, Path, decode_graphs
+from vllm_sparsek.compat.graphs import AttentionPath, DecodeGraphs, decode_graphs
 from vllm_sparsek.compat.model import (
     ParentWatch,
     layer_index,
@@ -51,9 +51,9 @@ from vllm_sparsek.compat.warmup import at_startup, block_table_width
 __all__ = [
     "BACKEND_PATH",
     "NAME",
+    "AttentionPath",
     "DecodeGraphs",
     "ParentWatch",
-    "Path",
     "UnsupportedVllmError",
     "add_score_cache",
     "at_startup",

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_sparsek.compat.selection import is_selected
 
 
-class Path(enum.Enum):
+class AttentionPath(enum.Enum):
     """What the queries of a row read: all of their context, or a selection."""
 
     DENSE = "dense"
@@ -33,8 +33,8 @@ class DecodeGraphs:
     """
 
     def __init__(self) -> None:
-        self.capturing: Path | None = None
-        self.batch: Path | None = None
+        self.capturing: AttentionPath | None = None
+        self.batch: AttentionPath | None = None
 
     def hook(self) -> None:
         """Capture and replay all three in the runners of this process (runner V2)."""
@@ -49,7 +49,7 @@ class DecodeGraphs:
             return
 
         @contextmanager
-        def graphs_of(manager: Any, path: Path) -> Iterator[None]:
+        def graphs_of(manager: Any, path: AttentionPath) -> Iterator[None]:
             both = manager.graphs
             manager.graphs = manager.__dict__.setdefault("sparsek_graphs", {}).setdefault(path, {})
             try:
@@ -66,7 +66,7 @@ class DecodeGraphs:
                 return
             manager._capture_descs = full
             try:
-                for path in Path:
+                for path in AttentionPath:
                     self.capturing = path
                     title = f"Capturing CUDA graphs of {path.value} batches"
                     with graphs_of(manager, path):
@@ -77,7 +77,7 @@ class DecodeGraphs:
             samples = manager._capture_mem_samples
             if samples:
                 # vLLM reckons what all graphs need from those of two shapes: of each, all three
-                shapes_sampled = len(samples) // (1 + len(Path))
+                shapes_sampled = len(samples) // (1 + len(AttentionPath))
                 samples[:] = [sum(samples[i::shapes_sampled]) for i in range(shapes_sampled)]
 
         @functools.wraps(run)
